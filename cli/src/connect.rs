@@ -37,6 +37,8 @@ const EXAMPLES: &str = "\
 Examples:
   adit connect web-1 25                            # type at a mail server; Ctrl-D ends your half
   adit connect web-1 5432 < request > answer
+  adit connect docker.web-1.svc                    # what the guest's own configuration calls `docker`
+  adit connect adit://alpha/web-1/docker           # the same of the VM of host `alpha`
   ssh -o ProxyUseFdpass=yes -o ProxyCommand='adit connect --fdpass %h %p' root@web-1
 
 The package of aditd has the last one as /etc/ssh/ssh_config.d/20-adit.conf, so that this works with no option at all:
@@ -49,12 +51,13 @@ proxy cannot be reached; 4 there is no such VM; 124 there is no tunnel within --
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Connect {
-    /// Name of the VM, also with `.adit` behind it; `vsock-PORT.` before it for a port of AF_VSOCK
+    /// Name of the VM, also with `.adit` behind it; `vsock-PORT.` before it for a port of AF_VSOCK; SERVICE.VM.svc or
+    /// adit://HOST/VM/SERVICE for a service that the guest has a name for
     #[arg(add = completion::vms())]
     vm: String,
-    /// TCP port in the VM
+    /// TCP port in the VM, where the name does not say what is meant
     #[arg(value_parser = port)]
-    port: u16,
+    port: Option<u16>,
     /// Pass the connected socket over standard output, as ssh wants it with `ProxyUseFdpass yes`, and end
     #[arg(long)]
     fdpass: bool,

@@ -1,6 +1,6 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket, or on another host (`server`); signs goals here, so that no key leaves the manager.
 //!
-//! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `connect`, `forward`, `config`,
+//! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `connect`, `forward`, `gate`, `config`,
 //! `events`, `doctor`, `completion`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -16,6 +16,7 @@ mod doctor;
 mod error;
 mod events;
 mod forward;
+mod gate;
 mod goal;
 mod image;
 mod key;
@@ -54,6 +55,7 @@ Examples:
   curl -x http://127.0.0.1:7080 http://web-1/      # the proxy needs no adit command
   ssh root@web-1.adit                              # by `adit connect`, see its --help
   adit forward web-1 8443:443
+  adit --server https://host-a:7443 --ca hosts.crt --cert me.crt --key me.key proxy
   adit --server https://host-a:7443 --ca hosts.crt --token-file ops.token vm ls
 
 Exit status:
@@ -123,6 +125,8 @@ enum Command {
     Connect(connect::Connect),
     /// Listen on this host, and lead each connection to a VM's port
     Forward(forward::Forward),
+    /// Be a proxy on this machine that leads to the VMs of all hosts that a server knows
+    Proxy(gate::Gate),
     /// Say what is wrong with aditd and its VMs, and what to do
     Doctor(doctor::Doctor),
     Events(events::Events),
@@ -202,6 +206,10 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Forward(command) => {
             cli.which.is_not_asked("forward")?;
             forward::forward(command, format).await?;
+        }
+        Command::Proxy(command) => {
+            let elsewhere = cli.which.elsewhere("proxy", limit)?;
+            gate::run(command, elsewhere, format).await?;
         }
         Command::Doctor(doctor) => return doctor::run(doctor, &client()?, format).await,
         Command::Config => config::show(&client()?, format).await?,

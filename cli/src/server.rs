@@ -71,6 +71,29 @@ impl Which {
         Ok(Client::of_server(self.server(&text(&server)?)?, limit))
     }
 
+    /// An aditd on another host, for what asks no other: the client of its API, and how it is spoken to.
+    pub fn elsewhere(&self, command: &str, limit: Duration) -> Result<(Client, Server), Failure> {
+        if self.socket.is_some() {
+            let message = format!(
+                "`adit {command}` asks an aditd on another host, and --socket is of this one"
+            );
+            return Err(
+                Failure::new("usage", message).help("say which with --server https://HOST:PORT")
+            );
+        }
+        let server = self
+            .server
+            .clone()
+            .map(OsString::from)
+            .or_else(|| word("ADIT_SERVER"));
+        let server = server.ok_or_else(|| {
+            let message = format!("`adit {command}` needs to know which server to ask");
+            Failure::new("usage", message).help("say which with --server https://HOST:PORT")
+        })?;
+        let server = self.server(&text(&server)?)?;
+        Ok((Client::of_server(server.clone(), limit), server))
+    }
+
     /// Refuses a server for what goes by the proxy.
     pub fn is_not_asked(&self, command: &str) -> Result<(), Failure> {
         let given = self.server.as_ref().map(|_| "--server");

@@ -62,6 +62,7 @@ pub fn run(data: &[u8]) {
         name,
         allow: &[80],
         allow_vsock: &[5000],
+        allow_services: &[],
         labels: &labels,
         card: Some(&card),
     };

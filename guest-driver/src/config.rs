@@ -3,14 +3,17 @@
 //! `dist/adit-guest.toml.example` has every key, its meaning, default and limit; a test holds it to [`Config`]. A key that
 //! is not known is an error that names file, line and key: a misspelt limit must not silently be no limit.
 
+use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
-use adit_names::VmId;
+use adit_names::{ServiceName, VmId};
 use adit_tasks::Kind;
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 /// Where the configuration is if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/adit-guest/adit-guest.toml";
@@ -19,6 +22,10 @@ pub const DEFAULT_PATH: &str = "/etc/adit-guest/adit-guest.toml";
 pub const BAD_CONFIG: u8 = 78;
 /// Most ports that may be listed.
 const PORTS_MAX: usize = 256;
+/// Most services that may be named.
+const SERVICES_MAX: usize = 64;
+/// Longest path of a Unix socket, bytes (`sun_path` of unix(7), without its NUL).
+const PATH_MAX: usize = 107;
 /// Longest file, bytes.
 const FILE_MAX: u64 = 1 << 20;
 
@@ -88,6 +95,9 @@ pub struct Config {
     /// Local TCP ports that the host may reach.
     #[serde(default)]
     pub allow_ports: Vec<u16>,
+    /// What the host may reach by a name.
+    #[serde(default)]
+    pub service: Vec<NamedService>,
     /// Whose time the guest has.
     #[serde(default)]
     pub clock: ClockSource,
@@ -100,6 +110,60 @@ pub struct Config {
     /// This file.
     #[serde(skip)]
     pub path: PathBuf,
+}
+
+/// `[[service]]`: something local that the host may reach by a name.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "tables, [[service]]")]
+pub struct NamedService {
+    /// The name: of `NAME.VM.svc`.
+    pub name: VmId,
+    /// What it is.
+    pub to: Place,
+}
+
+/// Where a named service is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// A port of the loopback address.
+    Tcp(u16),
+}
+
+impl FromStr for Place {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let path = text.strip_prefix("unix:").map(PathBuf::from);
+        let is_path = |path: &PathBuf| path.is_absolute() && path.as_os_str().len() <= PATH_MAX;
+        if let Some(path) = path.filter(is_path) {
+            return Ok(Self::Unix(path));
+        }
+        let service = text.parse::<ServiceName>().ok();
+        service
+            .and_then(|service| service.tcp_port())
+            .map(Self::Tcp)
+            .ok_or(
+                "it takes `unix:` and an absolute path of at most 107 bytes, or `tcp:` and a port",
+            )
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(port) => write!(f, "tcp:{port}"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Place {
+    fn deserialize<D: Deserializer<'de>>(text: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(text)?;
+        text.parse().map_err(D::Error::custom)
+    }
 }
 
 /// Whose time the guest has. A host whose time is used decides by it which goals are valid now, but never which are signed.
@@ -259,6 +323,24 @@ impl Config {
                 "allow_ports",
                 format!("at most {PORTS_MAX} ports may be listed"),
             ));
+        }
+        if config.service.len() > SERVICES_MAX {
+            let why = format!("at most {SERVICES_MAX} services may be named");
+            return Err(value("[[service]]", why));
+        }
+        for (nth, service) in config.service.iter().enumerate() {
+            let name = &service.name;
+            if config.service[..nth]
+                .iter()
+                .any(|other| other.name == *name)
+            {
+                return Err(value("[[service]]", format!("two are named `{name}`")));
+            }
+            if ServiceName::named(name.as_str()).is_none() {
+                let why =
+                    format!("`{name}` is too long: a service's name has at most 60 characters");
+                return Err(value("[[service]]", why));
+            }
         }
         if config.allow_ports.contains(&0) {
             return Err(value("allow_ports", "0 is not a port".into()));

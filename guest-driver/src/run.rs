@@ -78,10 +78,11 @@ pub fn run(
         epoch: AtomicU64::new(0),
     });
     let enrolment = enrol::at_start(&config);
-    let ports = config.allow_ports.clone();
+    let (ports, services) = (config.allow_ports.clone(), config.service.clone());
     let live = Arc::new(Live::new(config, enrolment));
     let agent = Agent::new(live.clone(), upgrade.clone());
     let server = Server::new(ports, blobs, Some(agent), identity.clone());
+    server.offer(services);
     server.govern(live.policy());
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))
@@ -144,6 +145,7 @@ fn reload(live: &Live, server: &Server) {
     };
     let config = live.config();
     server.allow(config.allow_ports.clone());
+    server.offer(config.service.clone());
     let anchors = live.anchors();
     journald::is_vm(live.me(&anchors).as_ref().ok());
     let (ports, anchors) = (config.allow_ports.len(), anchors.count());

@@ -47,6 +47,18 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
             "allow_ports",
             none(list(&config.allow_ports), "the host reaches no port"),
         ),
+        (
+            "services",
+            none(
+                list(
+                    config
+                        .service
+                        .iter()
+                        .map(|s| format!("{} = {}", s.name, s.to)),
+                ),
+                "the host reaches none by name",
+            ),
+        ),
         ("clock", clock.into()),
     ] {
         writeln!(out, "{key:<15} {value}")?;

@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use adit_channel::socket_path;
-use adit_names::VmId;
+use adit_names::{ServiceName, VmId};
 use adit_port::control::IVSHMEM_SOCKET;
 use adit_tasks::{Anchor, TrustStore};
 use serde::{Deserialize, Serialize};
@@ -45,6 +45,8 @@ pub const FILE_MAX: u64 = 32 << 20;
 pub const VMS_MAX: usize = 4096;
 /// Most ports in a VM's allow-list.
 pub const ALLOW_MAX: usize = 1024;
+/// Most services of one VM that may be reached.
+pub const SERVICES_MAX: usize = 64;
 /// Longest poll before a sleep, microseconds.
 pub const BUSY_POLL_US_MAX: u32 = 1000;
 /// Most connections a second of a rate: more is none.
@@ -269,6 +271,10 @@ pub struct VmConfig {
     /// Plain AF_VSOCK ports that may be reached.
     #[serde(default)]
     pub allow_vsock: Vec<u32>,
+    /// Services that the guest names and that may be reached.
+    // A build before does not know it, and reads what is in the database.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_services: Vec<VmId>,
     /// Microseconds that its port process polls before it sleeps, at most [`BUSY_POLL_US_MAX`].
     #[serde(default)]
     pub busy_poll_us: u32,
@@ -338,6 +344,7 @@ impl VmConfig {
             cid,
             allow: Vec::new(),
             allow_vsock: Vec::new(),
+            allow_services: Vec::new(),
             busy_poll_us: 0,
             ivshmem_mib: default_ivshmem_mib(),
             allow_any_memory: false,
@@ -378,6 +385,15 @@ impl VmConfig {
                     format!("it takes at most {ALLOW_MAX} ports, not {len}"),
                 ));
             }
+        }
+        let is_named = |name: &VmId| ServiceName::named(name.as_str()).is_some();
+        if !self.allow_services.iter().all(is_named) {
+            let why = "a service's name has at most 60 characters".into();
+            return Err(("allow_services", why));
+        }
+        if self.allow_services.len() > SERVICES_MAX {
+            let why = format!("it takes at most {SERVICES_MAX} names");
+            return Err(("allow_services", why));
         }
         if self.allow.contains(&0) {
             return Err(("allow", "it takes ports from 1 to 65535, not 0".into()));

@@ -323,28 +323,20 @@ pub trait Admits {
     fn admit(&self, request: &mut Parts) -> impl Future<Output = Result<(), Response>> + Send;
 }
 
-/// Whoever may connect.
-#[derive(Clone, Copy, Debug)]
-struct Everybody;
-
-impl Admits for Everybody {
-    async fn admit(&self, _: &mut Parts) -> Result<(), Response> {
-        Ok(())
-    }
-}
-
 /// Serves the API, or a part of it, one request a connection, until told to stop; `spares` says which connections leave
-/// enough descriptors to others.
-pub async fn serve<L>(
+/// enough descriptors to others, and `admits` who they are.
+pub async fn serve<L, A>(
     mut listener: L,
     app: Router,
     gate: Arc<Gate>,
     body_max: usize,
     spares: impl Fn(&L::Io) -> bool,
+    admits: impl Fn(&L::Io) -> A,
     stop: CancellationToken,
 ) where
     L: Listener,
     L::Io: AsRawFd,
+    A: Admits + Send + Sync + 'static,
 {
     let app = TowerToHyperService::new(app);
     let clients = TaskTracker::new();
@@ -363,13 +355,14 @@ pub async fn serve<L>(
             place = gate.enter() => place,
             () = stop.cancelled() => break,
         };
+        let admits = admits(&client);
         clients.spawn(connection(
             client,
             place,
             app.clone(),
             body_max,
             stop.clone(),
-            Everybody,
+            admits,
         ));
     }
     drop(listener);

@@ -105,6 +105,14 @@ impl AsFd for Bound {
 }
 
 impl Bound {
+    /// Its IP address and port, if it has one.
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(tcp) => tcp.local_addr().ok(),
+            Self::Unix(_) => None,
+        }
+    }
+
     /// Takes a listener over that was bound to this address.
     fn of(address: &Address, fd: OwnedFd) -> Self {
         match address {

@@ -10,13 +10,13 @@ pub fn of(code: Code) -> &'static str {
             "name the host too: VM.HOST; `adit resolve` says what each of them claims"
         }
         Code::NotAllowed => {
-            "allow it: `adit vm set`, or `allow` and `allow_vsock` in aditd.toml and `systemctl reload aditd`"
+            "allow it: `adit vm set`, or `allow`, `allow_vsock` and `allow_services` in aditd.toml and `systemctl reload aditd`"
         }
         Code::TooOften => {
             "ask less often, or raise `connections_per_s` of the grant or of the VM in aditd.toml"
         }
         Code::Denied => {
-            "the guest's own list or policy forbids it: `allow_ports` in adit-guest.toml, policy.toml"
+            "the guest's own list or policy forbids it: `allow_ports` and `[[service]]` in adit-guest.toml, policy.toml"
         }
         Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
             "`adit doctor` with the VM's name says what is missing; then try again"

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_api::HostEventKind;
-use axum::Extension;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
@@ -126,6 +125,9 @@ impl Service {
         vms::load(&state).await?;
         state.monitor.forget_others().await;
         let fronts = state.config.fronts();
+        let bound = listeners.fronts.iter().map(Bound::tcp).collect();
+        // It is set here only.
+        let _ = state.bound.set(bound);
         let proxy = listeners.fronts.first().map(Bound::address);
         let proxy = proxy.unwrap_or_default();
         tracing::info!(proxy, api = %state.config.api_socket().display(), "serving");
@@ -146,8 +148,6 @@ impl Service {
         tasks.spawn(state.events.clone().count_denials());
         if let Some(listener) = metrics {
             let app = api::observe(state.clone()).with_state(state.clone());
-            // Whoever may connect sees all.
-            let app = app.layer(Extension(api::Asks::owner()));
             let room = state.room;
             let gate = Gate::new(state.metrics.listener("metrics", room.metrics));
             let spares = move |client: &TcpStream| room.spares(client);
@@ -157,16 +157,22 @@ impl Service {
                 gate,
                 0,
                 spares,
+                // Whoever may connect sees all.
+                |_: &TcpStream| api::Owner(None),
                 state.stop.clone(),
             ));
         }
         let server = tokio::spawn(listen::serve(
             api,
-            api::router(state.clone()).layer(Extension(api::Asks::owner())),
+            api::router(state.clone()),
             Gate::new(state.metrics.listener("api", state.room.api)),
             api::BODY_MAX,
             // What the others leave is for this one.
             |_: &UnixStream| true,
+            |client: &UnixStream| {
+                let user = client.peer_cred().ok();
+                api::Owner(user.map(|user| user.uid()))
+            },
             state.stop.clone(),
         ));
         tokio::select! {

@@ -1,5 +1,6 @@
 //! What the parts of aditd share.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
@@ -19,7 +20,7 @@ use crate::access::guesses::Guesses;
 use crate::access::rate::Buckets;
 use crate::access::{Access, Caller, Denial, Grant, Grants, Verb};
 use crate::blobs::Blobs;
-use crate::config::{Config, Role};
+use crate::config::{Config, Role, Speak};
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
 use crate::events::Events;
@@ -40,6 +41,8 @@ pub struct State {
     pub config: Config,
     /// This host's own name, once its VMs are known.
     host: OnceLock<VmId>,
+    /// Addresses of its listeners, in the order of [`Config::fronts`]; of Unix sockets none.
+    pub bound: OnceLock<Vec<Option<SocketAddr>>>,
     /// What became of the configuration file since then.
     pub reloads: Reloads,
     /// Whose cards are believed.
@@ -137,6 +140,7 @@ impl State {
             events: Events::new(boot_nonce),
             config,
             host: OnceLock::new(),
+            bound: OnceLock::new(),
             reloads: Reloads::default(),
             monitor,
             metrics,
@@ -310,6 +314,19 @@ impl State {
         };
         self.events.denied();
         self.visits.audit().note(decided, self.now_ms());
+    }
+
+    /// The first listener of the proxy that speaks HTTP over TLS, where clients of other machines get in: its address, and the pin of its
+    /// key.
+    pub fn door(&self) -> Option<(SocketAddr, String)> {
+        let bound = self.bound.get()?;
+        let fronts = self.config.fronts();
+        let mut doors = fronts.iter().zip(bound).enumerate();
+        doors.find_map(|(nth, (front, bound))| {
+            let is = front.role == Role::Proxy && front.speak == Speak::Http;
+            let terms = self.tls.terms(nth).filter(|_| is)?;
+            Some(((*bound)?, terms.pin))
+        })
     }
 
     /// Unix time.

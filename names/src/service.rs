@@ -4,6 +4,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::name::{NameError, check};
+use crate::vm_id::VmId;
+
+/// Begins services that a guest has a name for.
+const NAMED: &str = "svc:";
 
 /// The name of a service on the well-known port: `tcp:80`, `tasks`, … The one spelling is `[a-z0-9:._-]`, 1 to 64
 /// bytes.
@@ -22,6 +26,17 @@ impl ServiceName {
     /// The service name for a TCP port on the guest's loopback.
     pub fn tcp(port: u16) -> Self {
         Self(format!("tcp:{port}"))
+    }
+
+    /// The service that a guest has a name for: `svc:NAME`. None: it is no such name (one label, as a VM's name).
+    pub fn named(name: &str) -> Option<Self> {
+        name.parse::<VmId>().ok()?;
+        format!("{NAMED}{name}").parse().ok()
+    }
+
+    /// The name that a guest has for it; none: it is no such service.
+    pub fn name(&self) -> Option<&str> {
+        self.0.strip_prefix(NAMED)
     }
 
     /// The TCP port of a `tcp:PORT` service, in its one spelling (no sign, no leading zero, not 0).
@@ -54,6 +69,21 @@ crate::serde_by_text!(ServiceName);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_service_with_a_name_is_one_label() {
+        let docker = ServiceName::named("docker").unwrap();
+        assert_eq!(
+            (docker.as_str(), docker.name()),
+            ("svc:docker", Some("docker"))
+        );
+        assert_eq!(ServiceName::tcp(80).name(), None);
+        let long = "x".repeat(61);
+        for bad in ["", "Docker", "a.b", "tcp:80", "-a", &long] {
+            assert_eq!(ServiceName::named(bad), None, "{bad}");
+        }
+        assert!(ServiceName::named(&long[1..]).is_some());
+    }
 
     #[test]
     fn tcp_service_has_one_spelling() {

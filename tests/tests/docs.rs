@@ -31,6 +31,7 @@ const PRODUCT: [&str; 20] = [
     "channel",
     "tasks",
     "host-proxy/api",
+    "host-proxy/reach",
     "host-proxy/client",
     "host-proxy/port",
     "host-proxy",

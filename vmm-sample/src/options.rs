@@ -157,6 +157,7 @@ impl Host {
                 cid: vsock.cid.get(),
                 allow: self.allow.clone(),
                 allow_vsock: self.allow_vsock.clone(),
+                allow_services: vec![],
             },
         }))
     }

@@ -123,7 +123,7 @@ const CHECKS: [Step; 11] = [
         name: "host processes",
         budget_s: 120,
         run: || {
-            ["host", "processes", "ways", "grants"]
+            ["host", "processes", "ways", "ways_hosts", "grants"]
                 .into_iter()
                 .try_for_each(with_binaries)
         },

@@ -75,6 +75,7 @@ fn decide(grants: &Grants) -> anyhow::Result<f64> {
         name: &name,
         allow: &[22, 80],
         allow_vsock: &[],
+        allow_services: &[],
         labels: &labels,
         card: None,
     };

@@ -29,8 +29,9 @@ use crate::output;
 use crate::proxy::{Destination, Options, Proxy};
 use crate::text::{Format, escape, json_text};
 
-use listener::Listener;
+pub use listener::Listener;
 use spec::Spec;
+pub use spec::{Listen, listen};
 
 /// Most connections at a time, of all forwards of a command: two descriptors, a thread and two buffers each.
 const CONNECTIONS_MAX: usize = 256;
@@ -44,6 +45,7 @@ Examples:
   adit forward web-1 8443:443                      # https://127.0.0.1:8443/ is the VM's port 443
   adit forward web-1 0:80 127.0.0.1:5432:5432      # several; it prints which port 0 has become
   adit forward web-1 unix:docker.sock:2375         # a socket that only you can use
+  adit forward docker.web-1.svc unix:docker.sock   # the same of a service that the guest has a name for
   adit forward web-1 '[::1]:8080:80' 0.0.0.0:8081:80
 
 It runs until Ctrl-C, which ends its connections too. Every user of this host can use a TCP port of its loopback; a Unix
@@ -57,13 +59,14 @@ Exit status: 0 after Ctrl-C or SIGTERM; 1 it cannot listen there; 4 there can be
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Forward {
-    /// Name of the VM, also with `.adit` behind it; `vsock-PORT.` before it for a port of AF_VSOCK
+    /// Name of the VM, also with `.adit` behind it; `vsock-PORT.` before it for a port of AF_VSOCK; SERVICE.VM.svc or
+    /// adit://HOST/VM/SERVICE for a service that the guest has a name for
     #[arg(add = completion::vms())]
     vm: String,
     /// Where to listen and which port of the VM to reach: LOCALPORT:PORT on 127.0.0.1, ADDRESS:LOCALPORT:PORT, or
-    /// unix:PATH:PORT. LOCALPORT 0 takes any free port
+    /// unix:PATH:PORT. Where the name says what is meant, :PORT is left out. LOCALPORT 0 takes any free port
     #[arg(required = true, value_name = "WAY")]
-    forwards: Vec<Spec>,
+    forwards: Vec<String>,
     #[command(flatten)]
     options: Options,
 }
@@ -87,9 +90,18 @@ pub async fn forward(command: &Forward, format: Format) -> Result<(), Failure> {
     }
     // All of them, or none.
     let mut ways = Vec::new();
-    for spec in &command.forwards {
-        let to = Destination::new(&command.vm, spec.port)?;
-        let (listener, at) = Listener::bind(&spec.listen).await?;
+    // A name that says what is meant needs no port.
+    let whole = Destination::new(&command.vm, None);
+    for text in &command.forwards {
+        let usage = |why| Failure::new("usage", why);
+        let (listen, to) = match (&whole, text.parse::<Spec>()) {
+            (Ok(to), Err(_)) => (spec::listen(text).map_err(usage)?, to.clone()),
+            (_, spec) => {
+                let spec = spec.map_err(usage)?;
+                (spec.listen, Destination::new(&command.vm, Some(spec.port))?)
+            }
+        };
+        let (listener, at) = Listener::bind(&listen).await?;
         ways.push(Way { listener, to, at });
     }
     for way in &ways {

@@ -34,13 +34,18 @@ impl FromStr for Spec {
             ));
         }
         let to = port(to)?;
-        let listen = match listen.strip_prefix("unix:") {
-            Some("") => return Err("`unix:` has no path: write unix:PATH:PORT".into()),
-            Some(path) => Listen::Unix(path.into()),
-            None => Listen::Tcp(address(listen)?),
-        };
+        let listen = self::listen(listen)?;
         Ok(Self { listen, port: to })
     }
+}
+
+/// `[BIND:]LOCALPORT`, or `unix:PATH`.
+pub fn listen(text: &str) -> Result<Listen, String> {
+    Ok(match text.strip_prefix("unix:") {
+        Some("") => return Err("`unix:` has no path".into()),
+        Some(path) => Listen::Unix(path.into()),
+        None => Listen::Tcp(address(text)?),
+    })
 }
 
 /// `[BIND:]LOCALPORT`. Loopback, where nothing else is said.

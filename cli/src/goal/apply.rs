@@ -36,6 +36,9 @@ A goal, in YAML:
   adit goal apply hello.yaml --sign fleet.key --to web-1 --save signed.json --dry-run
   adit goal apply signed.json
 
+A VM of another host is named like any other, or as VM.HOST: the host that is asked hands the goal over, and the one that has the VM decides
+whether it is allowed. The same signed goal may be given again: nothing is queued twice.
+
 A goal is valid from its signing for as long as `valid_for` says (24h if it says nothing). One whose time is over is refused.
 
 Exit status: 0 it is queued, and with --watch every step has succeeded; 1 it is refused; 4 there is no such VM; 5 with --watch:
@@ -48,7 +51,8 @@ pub struct Apply {
     /// Private key to sign with
     #[arg(long, value_name = "KEY")]
     sign: Option<PathBuf>,
-    /// VMs that it is for; of a goal that is signed already: those of its audience for which it is queued
+    /// VMs that it is for, also with their hosts (VM.HOST); of a goal that is signed already: those of its audience for which it is
+    /// queued
     #[arg(long, value_delimiter = ',', value_name = "VM,…", add = completion::vms())]
     to: Vec<String>,
     /// Queue it even for VMs that its audience does not name: they will refuse it
@@ -151,7 +155,9 @@ fn payload(apply: &Apply, text: &str) -> Result<Vec<u8>, Failure> {
             .help("name VMs with --to web-1,web-2"));
     }
     let vms = apply.to.iter().map(|name| {
-        name.parse::<VmId>().map_err(|e| {
+        // The goal is for the VM, on whichever host it is: of VM.HOST, which aditd has to find it by, only VM is signed.
+        let vm = name.split_once('.').map_or(&**name, |(vm, _)| vm);
+        vm.parse::<VmId>().map_err(|e| {
             Failure::new(
                 "unknown-vm",
                 format!("`{}` names no VM: {e}", text::escape(name)),

@@ -23,7 +23,7 @@ pub enum GoalCommand {
     /// List the goals that this host holds, the newest last
     #[command(alias = "list", after_help = ls::EXAMPLE)]
     Ls(ls::Ls),
-    /// Show a goal and its tasks
+    /// Show a goal and its tasks, also those of VMs of other hosts; exit status 1 if a host does not say what it has
     Show {
         /// Id of the goal, or the last digits of it
         #[arg(add = completion::goals())]
@@ -41,7 +41,9 @@ pub async fn run(
         GoalCommand::Ls(ls) => ls::run(ls, client, format).await?,
         GoalCommand::Show { id } => {
             let id = resolve(client, id).await?;
-            show(&client.get(&format!("/v1/goals/{id}")).await?, format)?;
+            let goal: Goal = client.get(&format!("/v1/goals/{id}")).await?;
+            show(&goal, format)?;
+            check_silent(&goal)?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -98,4 +100,15 @@ fn show(goal: &Goal, format: Format) -> Result<(), Failure> {
         escape(task::short(&goal.digest))
     ))?;
     task::list(&goal.tasks)
+}
+
+/// Fails where a host has not said what it has of a goal: the tasks that were shown may not be all.
+fn check_silent(goal: &Goal) -> Result<(), Failure> {
+    let Some(silent) = goal.silent.first() else {
+        return Ok(());
+    };
+    let (host, why) = (escape(&silent.host), escape(&silent.why));
+    let message = format!("host `{host}` does not say what it has of the goal: {why}");
+    Err(Failure::new("silent-host", message)
+        .help("see that aditd runs there; there may be more tasks than those above"))
 }

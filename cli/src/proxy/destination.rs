@@ -4,38 +4,61 @@ use std::fmt;
 
 use adit_names::{ServiceName, VmId};
 
+use super::uri;
 use crate::error::Failure;
 
 /// What a VM's name may end with, for tools that want a dot in a host name, as ssh's `Host *.adit`.
 const SUFFIX: &str = ".adit";
 /// Begins the name of a VM whose port is one of AF_VSOCK: `vsock-5000.web-1`.
 const VSOCK: &str = "vsock-";
+/// Ends the name of a service that the guest has a name for.
+const SVC: &str = ".svc";
 /// Most labels of a name, with those of a suffix.
 const LABELS_MAX: usize = 16;
 
-/// A VM and a port, as a CONNECT names them.
+/// A VM and what of it, as a CONNECT names them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
     host: String,
-    port: u16,
+    /// None: the name says what it is.
+    port: Option<u16>,
 }
 
 impl Destination {
-    /// Checks a name: `web-1`, `web-1.HOST`, `SERVICE.web-1.svc`, each with `vsock-PORT.` before it or a suffix behind it. Which
-    /// suffix there is, aditd knows; the one that there usually is stays here.
-    pub fn new(name: &str, port: u16) -> Result<Self, Failure> {
-        let plain = name.strip_suffix(SUFFIX).unwrap_or(name);
-        if let Some((number, _)) = plain.strip_prefix(VSOCK).and_then(|n| n.split_once('.'))
-            && !is_vsock_port(number)
-        {
-            let message = format!("`{number}` is no port of AF_VSOCK: digits only");
-            return Err(Failure::new("usage", message));
+    /// Checks a name, `web-1`, `web-1.HOST`, `SERVICE.web-1.svc`, each with `vsock-PORT.` before it or a suffix behind it, or a URI
+    /// ([`uri`](super::uri)). Which suffix there is, aditd knows; the one that there usually is stays here. A name that has its own port needs no
+    /// other, and none changes it.
+    pub fn new(name: &str, port: Option<u16>) -> Result<Self, Failure> {
+        let uri = uri::name(name).map_err(|why| {
+            let message = format!("`{name}` is no adit://HOST/VM/SERVICE: {why}");
+            Failure::new("usage", message)
+        })?;
+        let (name, port) = match uri {
+            Some((name, of_uri)) => match (port, of_uri) {
+                (Some(_), _) => return Err(twice(name.as_str())),
+                (None, port) => (name, port),
+            },
+            None => (name.to_owned(), port),
+        };
+        let plain = name.strip_suffix(SUFFIX).unwrap_or(&name);
+        let mut has_own = plain.ends_with(SVC);
+        if let Some((number, _)) = plain.strip_prefix(VSOCK).and_then(|n| n.split_once('.')) {
+            if !is_vsock_port(number) {
+                let message = format!("`{number}` is no port of AF_VSOCK: digits only");
+                return Err(Failure::new("usage", message));
+            }
+            has_own = true;
         }
         let labels = plain.split('.').take(LABELS_MAX + 1);
         let wrong = labels.clone().find_map(|label| label.parse::<VmId>().err());
         let why = match wrong {
             Some(e) => e.to_string(),
             None if labels.count() > LABELS_MAX => format!("it has more than {LABELS_MAX} labels"),
+            None if port.is_none() && !has_own => {
+                let message = format!("which port of `{plain}`?");
+                return Err(Failure::new("usage", message)
+                    .help("write it behind the name, or name a service: SERVICE.VM.svc, adit://HOST/VM/SERVICE"));
+            }
             None => {
                 return Ok(Self {
                     host: plain.to_owned(),
@@ -46,12 +69,27 @@ impl Destination {
         let failure = Failure::new("unknown-vm", format!("`{name}` names no VM: {why}"));
         Err(failure.help("`adit vm ls` lists the names"))
     }
+
+    /// As a CONNECT has it.
+    pub fn authority(&self) -> String {
+        // One that needs none takes any.
+        format!("{}:{}", self.host, self.port.unwrap_or(1))
+    }
 }
 
-/// `web-1:22`.
+fn twice(name: &str) -> Failure {
+    let message =
+        format!("the URI of `{name}` says what is meant, and another port is written behind it");
+    Failure::new("usage", message)
+}
+
+/// `web-1:22`, or `docker.web-1.svc`.
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.host, self.port)
+        match self.port {
+            Some(port) => write!(f, "{}:{port}", self.host),
+            None => f.pad(&self.host),
+        }
     }
 }
 
@@ -86,8 +124,38 @@ mod tests {
             // A VM may have such a name.
             ("vsock-5000", "vsock-5000:22"),
         ] {
-            assert_eq!(Destination::new(name, 22).unwrap().to_string(), asked);
+            assert_eq!(Destination::new(name, Some(22)).unwrap().to_string(), asked);
         }
+    }
+
+    #[test]
+    fn a_uri_or_the_name_of_a_service_needs_no_port_and_a_uri_takes_none() {
+        for (name, shown, asked) in [
+            ("docker.web-1.svc", "docker.web-1.svc", "docker.web-1.svc:1"),
+            (
+                "docker.web-1.alpha.svc.adit",
+                "docker.web-1.alpha.svc",
+                "docker.web-1.alpha.svc:1",
+            ),
+            ("vsock-5000.web-1", "vsock-5000.web-1", "vsock-5000.web-1:1"),
+            (
+                "adit://alpha/web-1/docker",
+                "docker.web-1.alpha.svc",
+                "docker.web-1.alpha.svc:1",
+            ),
+            ("adit:///web-1/22", "web-1:22", "web-1:22"),
+        ] {
+            let to = Destination::new(name, None).unwrap();
+            assert_eq!(
+                (to.to_string().as_str(), to.authority().as_str()),
+                (shown, asked)
+            );
+        }
+        for name in ["web-1", "web-1.adit", "svc", "vsock-5000"] {
+            let failure = Destination::new(name, None).unwrap_err();
+            assert_eq!(failure.code, "usage", "{name}");
+        }
+        assert!(Destination::new("adit:///web-1/22", Some(22)).is_err());
     }
 
     #[test]
@@ -111,7 +179,7 @@ mod tests {
             "vsock-5000.",
             &long,
         ] {
-            assert!(Destination::new(name, 22).is_err(), "{name:.40}");
+            assert!(Destination::new(name, Some(22)).is_err(), "{name:.40}");
         }
     }
 

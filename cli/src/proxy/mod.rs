@@ -3,7 +3,7 @@
 //! | file | what it is |
 //! |---|---|
 //! | `address` | where the proxy is: `http://HOST:PORT` or `unix:PATH` |
-//! | `destination` | what is asked for: a VM and its port |
+//! | `destination`, `uri` | what is asked for: a VM and its port; `adit://HOST/VM/SERVICE` |
 //! | `head` | the head of the answer, taken from the socket to its last byte and no further |
 //! | `socket` | the connection, TCP or Unix |
 //! | `token` | what the proxy may want to see |
@@ -17,6 +17,7 @@ mod error;
 mod head;
 mod socket;
 mod token;
+mod uri;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -94,8 +95,9 @@ impl Proxy {
 
     async fn ask(&self, socket: &Socket, to: &Destination) -> Result<(), TunnelError> {
         let token = self.token.as_ref().map(Token::field);
+        let authority = to.authority();
         let request = Zeroizing::new(format!(
-            "CONNECT {to} HTTP/1.1\r\nHost: {to}\r\nUser-Agent: adit/{}\r\n{}\r\n",
+            "CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\nUser-Agent: adit/{}\r\n{}\r\n",
             env!("CARGO_PKG_VERSION"),
             token.as_ref().map_or("", |field| field.as_str()),
         ));

@@ -26,7 +26,7 @@ AGE is the time since a task was queued; TRY counts the attempts of its step.";
 
 #[derive(Args)]
 pub struct Ls {
-    /// Only those of this VM; the tasks of a removed VM are kept for a while
+    /// Only those of this VM, on whichever host it is; the tasks of a removed VM are kept for a while
     #[arg(long, add = completion::vms())]
     vm: Option<String>,
     /// Only those of this goal: its id, or the last digits of it
@@ -72,10 +72,12 @@ pub fn say_more(what: &str, listed: usize, more: bool) {
 async fn path(ls: &Ls, client: &Client) -> Result<String, Failure> {
     let mut query = Vec::new();
     if let Some(vm) = &ls.vm {
-        let vm: adit_names::VmId = vm.parse().map_err(|e| {
-            let message = format!("`{}` names no VM: {e}", text::escape(vm));
-            Failure::new("unknown-vm", message).help("`adit vm ls` lists the names")
-        })?;
+        for label in vm.split('.') {
+            label.parse::<adit_names::VmId>().map_err(|e| {
+                let message = format!("`{}` names no VM: {e}", text::escape(vm));
+                Failure::new("unknown-vm", message).help("`adit vm ls` lists the names")
+            })?;
+        }
         query.push(format!("vm={vm}"));
     }
     if let Some(id) = &ls.goal {
@@ -90,13 +92,19 @@ pub fn list(tasks: &[Task]) -> Result<(), Failure> {
         return output::line("no tasks");
     }
     let now = Timestamp::now();
+    // Of several hosts.
+    let has_hosts = tasks.iter().any(|t| t.host.is_some());
     let rows: Vec<_> = tasks
         .iter()
         .map(|t| {
+            let vm = match &t.host {
+                Some(host) => format!("{}.{host}", t.vm),
+                None => t.vm.clone(),
+            };
             [
                 short(&t.task_id).to_owned(),
                 goal::short(&t.goal_id).to_owned(),
-                t.vm.clone(),
+                vm,
                 t.step.clone(),
                 t.attempt.to_string(),
                 t.state.name().into(),
@@ -106,9 +114,10 @@ pub fn list(tasks: &[Task]) -> Result<(), Failure> {
             ]
         })
         .collect();
+    let vm = if has_hosts { "VM.HOST" } else { "VM" };
     output::table(
         [
-            "TASK", "GOAL", "VM", "STEP", "TRY", "STATE", "EXIT", "AGE", "SAID",
+            "TASK", "GOAL", vm, "STEP", "TRY", "STATE", "EXIT", "AGE", "SAID",
         ],
         &rows,
     )

@@ -125,10 +125,14 @@ fn show(t: &Task, format: Format) -> Result<(), Failure> {
     }
     let or_dash = |v: &Option<String>| v.clone().unwrap_or_else(|| "-".into());
     let (out, err) = t.output_bytes;
+    let vm = match &t.host {
+        Some(host) => format!("{}.{host}", t.vm),
+        None => t.vm.clone(),
+    };
     let rows = [
         ("task", t.task_id.clone()),
         ("goal", t.goal_id.clone()),
-        ("vm", t.vm.clone()),
+        ("vm", vm),
         ("step", t.step.clone()),
         ("attempt", t.attempt.to_string()),
         ("state", t.state.name().into()),

@@ -36,6 +36,10 @@ struct Watch<'a> {
     steps: BTreeMap<Step, (u32, TaskState)>,
     /// The state of each task that was printed last.
     told: HashMap<String, TaskState>,
+    /// Hosts that do not say what they have of a goal, and were named.
+    silent: BTreeSet<String>,
+    /// All hosts have said what they have, when they were asked last.
+    is_whole: bool,
 }
 
 /// Watches the tasks of a goal, or all that are open.
@@ -53,6 +57,8 @@ pub async fn watch(
         heard: None,
         steps: BTreeMap::new(),
         told: HashMap::new(),
+        silent: BTreeSet::new(),
+        is_whole: true,
     };
     within(timeout, watch.run()).await?;
     let done = |&(_, state): &(u32, TaskState)| state == TaskState::Done;
@@ -72,6 +78,8 @@ pub async fn ended(client: &Client, task: &Task, timeout: Option<Duration>) -> R
         heard: None,
         steps: BTreeMap::new(),
         told: HashMap::new(),
+        silent: BTreeSet::new(),
+        is_whole: true,
     };
     within(timeout, watch.run()).await
 }
@@ -119,7 +127,8 @@ impl Watch<'_> {
         self.catch_up().await?;
         self.heard = Some(Instant::now());
         // A stream that was cut off may not have named everything; a goal was asked for by its id, and is known whole.
-        Ok(self.over() && (whole || self.goal.is_some()))
+        let all = self.only.is_some() || (self.is_whole && (whole || self.goal.is_some()));
+        Ok(self.over() && all)
     }
 
     fn gone(&self, e: &Failure) -> Failure {
@@ -166,6 +175,7 @@ impl Watch<'_> {
 
     /// Asks how the goals stand of which something was open when the stream ended.
     async fn catch_up(&mut self) -> Result<(), Failure> {
+        self.is_whole = true;
         let open = self.steps.iter().filter(|(_, (_, s))| !s.is_terminal());
         let goals: BTreeSet<String> = match &self.goal {
             Some(goal) => [goal.clone()].into(),
@@ -173,6 +183,16 @@ impl Watch<'_> {
         };
         for goal in goals {
             let goal: Goal = self.client.get(&format!("/v1/goals/{goal}")).await?;
+            self.is_whole &= goal.silent.is_empty();
+            for silent in &goal.silent {
+                if self.silent.insert(silent.host.clone()) {
+                    adit_print::note(format_args!(
+                        "host `{}` does not say what it has of the goal, and is asked again: {}",
+                        escape(&silent.host),
+                        escape(&silent.why)
+                    ));
+                }
+            }
             for task in goal.tasks {
                 // Of another goal than the one that was asked for, only what was open counts.
                 if self.goal.is_some() || self.steps.contains_key(&step(&task)) {

@@ -60,6 +60,9 @@ pub enum VmCommand {
         /// Plain AF_VSOCK ports that may be reached, as host vsock-PORT.NAME
         #[arg(long, value_delimiter = ',', value_name = "PORT,…")]
         allow_vsock: Vec<u32>,
+        /// Services that may be reached, by the names that the guest's own configuration has for them
+        #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+        allow_service: Vec<String>,
     },
     /// Change what may be reached in a VM, and how it is polled, while it runs
     #[command(after_help = SET_EXAMPLE)]
@@ -89,7 +92,7 @@ pub enum VmCommand {
 #[derive(Args)]
 #[command(group = ArgGroup::new("change").required(true).multiple(true))]
 #[command(
-    override_usage = "adit vm set <NAME> [--allow PORT,…] [--allow-vsock PORT,…] [--busy-poll-us MICROSECONDS]"
+    override_usage = "adit vm set <NAME> [--allow PORT,…] [--allow-vsock PORT,…] [--allow-service NAME,…] [--busy-poll-us MICROSECONDS]"
 )]
 pub struct Set {
     /// Name of the VM
@@ -101,6 +104,9 @@ pub struct Set {
     /// Plain AF_VSOCK ports that may be reached from now on, in place of those before; `none` for none
     #[arg(long, value_name = "PORT,…", group = "change")]
     allow_vsock: Option<Ports<u32>>,
+    /// Services that may be reached from now on, in place of those before; `none` for none
+    #[arg(long, value_name = "NAME,…", group = "change")]
+    allow_service: Option<Ports<adit_names::VmId>>,
     /// How long its port process polls before it sleeps, in microseconds: faster answers for a busy core; 0 = not at all.
     /// In force after `adit vm reload`
     #[arg(long, value_name = "MICROSECONDS", group = "change")]
@@ -118,8 +124,9 @@ impl<T: FromStr> FromStr for Ports<T> {
             return Ok(Self(Vec::new()));
         }
         let port = |p: &str| {
-            p.parse()
-                .map_err(|_| format!("`{p}` is no port: write 80,22 or none"))
+            p.parse().map_err(|_| {
+                format!("`{p}` is none: write 80,22 (of services docker,ssh), or none")
+            })
         };
         text.split(',')
             .map(port)
@@ -138,12 +145,14 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
             cid,
             allow,
             allow_vsock,
+            allow_service,
         } => {
             let new = NewVm {
                 name: name.clone(),
                 cid: *cid,
                 allow: allow.clone(),
                 allow_vsock: allow_vsock.clone(),
+                allow_services: allow_service.clone(),
             };
             show::show(&client.post("/v1/vms", &new).await?, format)
         }
@@ -151,6 +160,10 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
             let change = VmChange {
                 allow: set.allow.clone().map(|Ports(ports)| ports),
                 allow_vsock: set.allow_vsock.clone().map(|Ports(ports)| ports),
+                allow_services: set
+                    .allow_service
+                    .as_ref()
+                    .map(|Ports(names)| names.iter().map(ToString::to_string).collect()),
                 busy_poll_us: set.busy_poll_us,
             };
             show::show(&client.patch(&path(&set.name)?, &change).await?, format)

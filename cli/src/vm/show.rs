@@ -95,6 +95,7 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ["tasks queued".into(), vm.queued.to_string()],
         ["allowed ports".into(), ports(join(&vm.allow))],
         ["allowed vsock".into(), ports(join(&vm.allow_vsock))],
+        ["services".into(), ports(join(&vm.allow_services))],
         ["busy poll".into(), format!("{} us", vm.busy_poll_us)],
         ["vhost-user".into(), vm.vhost_socket.clone()],
         ["ring".into(), vm.ring_socket.clone()],

@@ -76,7 +76,11 @@ const EXAMPLE: &str = include_str!("../../dist/adit-guest.toml.example");
 
 /// The example with the keys that it leaves out.
 fn whole_example() -> String {
-    EXAMPLE.replace("\n#policy = ", "\npolicy = ")
+    let mut example = EXAMPLE.to_owned();
+    for key in ["policy = ", "[[service]]", "name = ", "to = "] {
+        example = example.replace(&format!("\n#{key}"), &format!("\n{key}"));
+    }
+    example
 }
 
 /// Asked for a struct, it notes the keys that the struct knows, and has none of them.
@@ -128,6 +132,11 @@ fn the_example_has_exactly_the_keys_that_are_known_each_explained_and_with_its_d
         assert_eq!(has, inside, "[{table}]");
         known.retain(|&key| key != table);
     }
+    let services = example["service"].as_array().unwrap();
+    let service = services[0].as_table().unwrap();
+    let mut has: Vec<&str> = service.keys().map(String::as_str).collect();
+    has.sort_unstable();
+    assert_eq!(has, keys_of::<NamedService>());
     let mut has: Vec<&str> = example.keys().map(String::as_str).collect();
     has.retain(|&key| !example[key].is_table());
     has.sort_unstable();
@@ -146,6 +155,42 @@ fn the_example_has_exactly_the_keys_that_are_known_each_explained_and_with_its_d
     );
     assert_eq!(parse(EXAMPLE).unwrap().policy, None, "it need not be there");
     assert!(parse(&whole_example()).unwrap().policy.is_some());
+}
+
+#[test]
+fn a_service_has_a_name_and_a_place_each_in_one_spelling() {
+    let of =
+        |name: &str, to: &str| parse(&format!("[[service]]\nname = \"{name}\"\nto = \"{to}\"\n"));
+    let c = of("docker", "unix:/run/docker.sock").unwrap();
+    assert_eq!(c.service[0].to, Place::Unix("/run/docker.sock".into()));
+    assert_eq!(
+        of("web", "tcp:8080").unwrap().service[0].to,
+        Place::Tcp(8080)
+    );
+    let long = format!("unix:/{}", "x".repeat(PATH_MAX));
+    for to in [
+        "",
+        "unix:",
+        "unix:run/x",
+        &long,
+        "/run/x",
+        "tcp:0",
+        "tcp:080",
+        "tcp:127.0.0.1:80",
+        "8080",
+        "vsock:5",
+    ] {
+        assert!(of("a", to).is_err(), "{to}");
+    }
+    for name in ["", "Docker", "a.b", "svc:a", &"x".repeat(61)] {
+        assert!(of(name, "tcp:1").is_err(), "{name}");
+    }
+    let two = "[[service]]\nname = \"a\"\nto = \"tcp:1\"\n".repeat(2);
+    assert!(parse(&two).is_err());
+    let many: String = (0..=SERVICES_MAX)
+        .map(|n| format!("[[service]]\nname = \"s{n}\"\nto = \"tcp:1\"\n"))
+        .collect();
+    assert!(parse(&many).is_err());
 }
 
 #[test]

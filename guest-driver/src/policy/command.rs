@@ -339,6 +339,8 @@ fn explain(
                 .map_err(|e| CommandError::Usage(format!("--service: {e}")))?;
             let port = config.zip(service.tcp_port());
             let why = port.and_then(|(c, port)| serve::forbidden(port, &c.allow_ports));
+            let unnamed = || serve::unnamed(&service, &config?.service);
+            let why = why.or_else(unnamed);
             (Request::Dial { service: &service }, why)
         }
         "exec" => {

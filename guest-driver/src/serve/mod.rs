@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod blob;
+mod named;
 mod ping;
 mod services;
 mod shares;
@@ -27,10 +28,12 @@ use adit_channel::refusal::{Refusal, is_shortage};
 use self::agent::Agent;
 use self::services::Services;
 use self::shares::{Shares, busy};
+use crate::config::NamedService;
 use crate::log;
 use crate::policy::Standing;
 use crate::transport::{HostStream, Listen};
 
+pub use self::named::unnamed;
 pub use self::shares::CONNS_MAX;
 pub use self::tcp::forbidden;
 
@@ -120,6 +123,11 @@ impl Server {
     /// Serves these ports instead, from the next stream on. Streams that are open go on.
     pub fn allow(&self, ports: Vec<u16>) {
         self.services.tcp.allow(ports);
+    }
+
+    /// Serves these under their names instead, in the same way.
+    pub fn offer(&self, services: Vec<NamedService>) {
+        self.services.named.offer(services);
     }
 
     /// Has this policy decide what the host may dial, from the next stream on.

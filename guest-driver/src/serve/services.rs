@@ -13,6 +13,7 @@ use adit_names::ServiceName;
 
 use super::agent::Agent;
 use super::blob::Blob;
+use super::named::Named;
 use super::ping::Ping;
 use super::shares::Shares;
 use super::tcp::Tcp;
@@ -41,6 +42,8 @@ pub trait Service: Send + Sync {
 pub struct Services {
     /// Local TCP ports.
     pub tcp: Tcp,
+    /// What the configuration has a name for.
+    pub named: Named,
     ping: Ping,
     blob: Blob,
     agent: Option<Agent>,
@@ -52,6 +55,7 @@ impl Services {
     pub fn new(ports: Vec<u16>, blobs: Arc<Store>, agent: Option<Agent>, shares: Shares) -> Self {
         Self {
             tcp: Tcp::new(ports, shares),
+            named: Named::new(shares),
             ping: Ping,
             blob: Blob::new(blobs),
             agent,
@@ -67,7 +71,7 @@ impl Services {
     /// Their order means nothing: no name belongs to two.
     fn all(&self) -> Vec<&dyn Service> {
         let agent = self.agent.iter().map(|agent| agent as &dyn Service);
-        let all: [&dyn Service; 3] = [&self.tcp, &self.ping, &self.blob];
+        let all: [&dyn Service; 4] = [&self.tcp, &self.named, &self.ping, &self.blob];
         all.into_iter().chain(agent).collect()
     }
 
@@ -152,7 +156,10 @@ mod tests {
         ] {
             let refused = services().open(&open(name)).map(|_| ()).unwrap_err();
             assert_eq!(refused.code(), Code::UnknownService, "{name}");
-            assert_eq!(refused.text(), "this agent serves tcp:PORT, ping, blob");
+            assert_eq!(
+                refused.text(),
+                "this agent serves tcp:PORT, svc:NAME, ping, blob"
+            );
         }
     }
 
@@ -172,7 +179,7 @@ mod tests {
     fn name() -> impl Strategy<Value = String> {
         prop_oneof![
             "[a-z0-9:._-]{1,64}",
-            "(ping|blob|tcp|unix|exec):?[a-z0-9:._-]{0,58}",
+            "(ping|blob|tcp|svc|unix|exec):?[a-z0-9:._-]{0,58}",
             "tcp:[0-9]{1,6}"
         ]
     }
@@ -185,7 +192,7 @@ mod tests {
         }
 
         #[test]
-        fn the_order_of_the_services_means_nothing(name in name(), turn in 0..5_usize) {
+        fn the_order_of_the_services_means_nothing(name in name(), turn in 0..6_usize) {
             let ours = services();
             let mut all = ours.all();
             all.extend([&Prefixed("unix:") as &dyn Service, &Prefixed("exec")]);

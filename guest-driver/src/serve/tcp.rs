@@ -67,12 +67,8 @@ impl Service for Tcp {
         if let Some(text) = self.forbidden(port) {
             return Err(Refusal::new(Code::Denied, text));
         }
-        let limit = match open.deadline_ms {
-            0 => DIAL_LIMIT,
-            ms => DIAL_LIMIT.min(Duration::from_millis(ms.into())),
-        };
-        let local =
-            dial(port, limit).map_err(|e| Refusal::of_io(format_args!("127.0.0.1:{port}"), &e))?;
+        let local = dial(port, limit(open))
+            .map_err(|e| Refusal::of_io(format_args!("127.0.0.1:{port}"), &e))?;
         if self.shares.exceeded_by(&local) {
             return Err(busy("it has no descriptors left for tunnels"));
         }
@@ -85,7 +81,16 @@ impl Service for Tcp {
     }
 }
 
-fn dial(port: u16, limit: Duration) -> io::Result<Conn> {
+/// How long a local dial for a hello may take.
+pub(super) fn limit(open: &Open) -> Duration {
+    match open.deadline_ms {
+        0 => DIAL_LIMIT,
+        ms => DIAL_LIMIT.min(Duration::from_millis(ms.into())),
+    }
+}
+
+/// Connects to a port of the loopback address.
+pub(super) fn dial(port: u16, limit: Duration) -> io::Result<Conn> {
     let to = |ip: IpAddr| TcpStream::connect_timeout(&SocketAddr::new(ip, port), limit);
     // The error of 127.0.0.1 is reported: ::1 may not exist at all.
     let tcp = to(Ipv4Addr::LOCALHOST.into())

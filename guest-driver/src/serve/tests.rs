@@ -9,6 +9,7 @@ use adit_channel::hello::Open;
 use adit_channel::refusal::Code;
 
 use super::*;
+use crate::config::NamedService;
 use crate::transport::{Transport, UnixDir};
 
 fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
@@ -101,6 +102,102 @@ fn refusals_name_their_class() {
     ] {
         assert_eq!(refusal(unknown), (Code::UnknownService, 0), "{unknown}");
     }
+}
+
+#[test]
+fn a_service_with_a_name_is_what_the_configuration_says_and_no_other() {
+    let (dir, server) = start(vec![]);
+    let socket = dir.path().join("docker.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let client = client.unwrap();
+            let _ = io::copy(&mut &client, &mut &client);
+            let _ = client.shutdown(Shutdown::Write);
+        }
+    });
+    let (port, closed) = (echo_server(), dir.path().join("closed.sock"));
+    drop(std::os::unix::net::UnixListener::bind(&closed).unwrap());
+    let service = |name: &str, to: &str| NamedService {
+        name: name.parse().unwrap(),
+        to: to.parse().unwrap(),
+    };
+    let unix = |path: &Path| format!("unix:{}", path.display());
+    let nobody = dir.path().join("nobody.sock");
+    let services = vec![
+        service("docker", &unix(&socket)),
+        service("web", &format!("tcp:{port}")),
+        service("closed", &unix(&closed)),
+        service("gone", &unix(&nobody)),
+    ];
+    let refused = |service: &str| match open(dir.path(), service).0 {
+        Hello::Refuse(r) => (r.refusal.code(), r.refusal.text().to_owned()),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused("svc:docker").0, Code::Denied);
+    server.offer(services);
+    for name in ["svc:docker", "svc:web"] {
+        let (answer, mut s) = open(dir.path(), name);
+        assert!(matches!(answer, Hello::Accept(_)), "{answer:?}");
+        s.write_all(b"to a name").unwrap();
+        s.shutdown(Shutdown::Write).unwrap();
+        let mut got = String::new();
+        s.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "to a name");
+    }
+    assert_eq!(refused("svc:closed").0, Code::DialFailed);
+    assert_eq!(refused("svc:gone").0, Code::DialFailed);
+    let (code, text) = refused("svc:other");
+    assert_eq!(code, Code::Denied);
+    assert!(
+        text.contains("[[service]]") && text.contains("`other`"),
+        "{text}"
+    );
+    // A port of one is no port of all.
+    assert_eq!(refused(&format!("tcp:{port}")).0, Code::Denied);
+    let (_, mut open_one) = open(dir.path(), "svc:docker");
+    server.offer(vec![]);
+    assert_eq!(refused("svc:docker").0, Code::Denied);
+    open_one.write_all(b"goes on").unwrap();
+    open_one.shutdown(Shutdown::Write).unwrap();
+    let mut got = String::new();
+    open_one.read_to_string(&mut got).unwrap();
+    assert_eq!(got, "goes on");
+}
+
+/// A listener whose backlog is full would hold the stream's thread for as long as nobody accepts.
+#[test]
+fn a_socket_that_nobody_accepts_on_is_given_up_in_time() {
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    };
+    use std::os::fd::AsRawFd;
+    let (dir, server) = start(vec![]);
+    let path = dir.path().join("full.sock");
+    let full = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
+    bind(full.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    listen(&full, Backlog::new(0).unwrap()).unwrap();
+    let _first = UnixStream::connect(&path).unwrap();
+    let name = "full".parse().unwrap();
+    let to = format!("unix:{}", path.display()).parse().unwrap();
+    server.offer(vec![NamedService { name, to }]);
+    let mut s = UnixStream::connect(dir.path().join("guest.sock")).unwrap();
+    let open = Open {
+        deadline_ms: 50,
+        ..Open::new("svc:full".parse().unwrap(), Common::default())
+    };
+    s.write_all(&Hello::Open(open).encode()).unwrap();
+    let answer = hello::read(&mut s).unwrap();
+    assert!(
+        matches!(&answer, Hello::Refuse(r) if r.refusal.code() == Code::DialTimedOut),
+        "{answer:?}"
+    );
 }
 
 #[test]

@@ -115,7 +115,8 @@ fn check_config_shows_what_is_in_force_and_whom_the_guest_trusts() {
     let name = path.display().to_string();
     fs::write(host.path("trust/bad.pub"), "ssh-ed25519 AAAA").unwrap();
     let config = fs::read_to_string(&path).unwrap();
-    fs::write(&path, format!("allow_ports = [80, 22]\n{config}")).unwrap();
+    let services = "[[service]]\nname = \"docker\"\nto = \"unix:/run/docker.sock\"\n";
+    fs::write(&path, format!("allow_ports = [80, 22]\n{config}{services}")).unwrap();
     let out = agent(&["check-config", &name]).output().unwrap();
     let said = text(&out.stdout);
     assert!(out.status.success() && out.stderr.is_empty(), "{said}");
@@ -130,6 +131,7 @@ fn check_config_shows_what_is_in_force_and_whom_the_guest_trusts() {
         ("vm_id", "web-1".to_owned()),
         ("state_dir", host.path("state").display().to_string()),
         ("allow_ports", "80, 22".into()),
+        ("services", "docker = unix:/run/docker.sock".into()),
         ("clock", "own".into()),
         ("script.enabled", "true".into()),
         ("file.roots", host.path("root").display().to_string()),

@@ -321,9 +321,11 @@ fn services(vm: &Vm) -> Finding {
             format!("`adit vm reload {}`; its open tunnels end", vm.name),
         );
     }
-    let ports = match vm.allow.len() + vm.allow_vsock.len() {
+    let all = vm.allow.len() + vm.allow_vsock.len();
+    let ports = match all + vm.allow_services.len() {
         0 => "no port may be reached (`adit vm set`)".to_owned(),
-        n => format!("{n} ports may be reached"),
+        n if n == all => format!("{n} ports may be reached"),
+        n => format!("{all} ports and {} services may be reached", n - all),
     };
     match vm.goal_keys {
         Some(0) => ok("services", format!("{ports}; {NO_GOAL_KEYS}")),

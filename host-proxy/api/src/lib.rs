@@ -15,13 +15,13 @@
 //! | `DELETE /v1/vms/{name}?force=true` | ends its port process; 409 for a VM that its VMM holds, without `force` |
 //! | `POST /v1/vms/{name}/reload` | a new port process goes on with the VMM → `Vm` once it serves; streams end |
 //! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 says what is known; 404 if it is removed meanwhile |
-//! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered); 422 for one whose `not_after` has passed |
+//! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered); 422 for one whose `not_after` has passed. VMs of other hosts are served by these; 502 `partly-queued` says which VMs have it where a host fails after another has taken it |
 //! | `GET /v1/goals?newest=N&before=CURSOR&id=` | → `Vec<GoalSummary>`: the newest N (at most 500) before the cursor, in the order in which they were accepted; `id`: the last digits; the field `adit-earlier` has the cursor of those before, and is not there with the first page |
-//! | `GET /v1/goals/{goal_id}` | → `Goal` |
+//! | `GET /v1/goals/{goal_id}` | → `Goal`, with what other hosts have of it |
 //! | `GET /v1/tasks?vm=&goal=&state=&id=` | → `Vec<Task>`, in the order in which they were queued; `id`: the first digits |
 //! | `GET /v1/tasks?…&limit=N&after=CURSOR` | → at most N (and at most 500) of them; the field `adit-next` has the next page's cursor, and is not there with the last page |
 //! | `GET /v1/tasks?…&newest=N&before=CURSOR` | → the newest N (at most 500) of them before the cursor, still in that order; `adit-earlier` as above |
-//! | `GET /v1/tasks/{task_id}` | → `Task` |
+//! | `GET /v1/tasks/{task_id}` | → `Task`; of a VM of another host that one is asked, as for `vm=` and `id=` above and for its output |
 //! | `GET /v1/tasks/{task_id}/output?stream=stdout` | raw bytes (head, a line that says what is missing, tail); the field `adit-left-out` has the head's length and the number of missing bytes |
 //! | `GET /v1/events?goal=` | `application/x-ndjson` of `TaskEvent`: first the present state, then changes; ends when every task of `goal` is terminal. A body that is cut off (no last chunk) ended for another reason: ask again |
 //! | `GET /v1/host-events?since=CURSOR&follow=true` | `application/x-ndjson` of `HostEvent`: what is kept of what came behind that event (a `gap` first, if that is not all), and with `follow` what happens from then on, without an end |
@@ -35,6 +35,7 @@
 //! | `GET /v1/access?as=CALLER&verb=VERB&vm=NAME&target=TARGET` | → `AccessDecision`: what the proxy would decide. CALLER is `user:NAME`, `group:NAME`, `token:NAME`, `anyone` or `owner`; of a user its groups count |
 //! | `GET /v1/resolve/{name}` | `VM` or `VM.HOST` → `Resolution`: the host that has it, and what each claims. Other hosts are asked |
 //! | `GET /v1/resolve` | → `AllVms`: those of all hosts |
+//! | `GET /v1/hosts` | → `Vec<HostShown>`: where clients reach the proxies of this host and of those that it knows |
 //! | `GET /v1/grants?vm=NAME` | → `Vec<GrantShown>`: all, or those about a VM; `limit` and `after` as of `/v1/vms` |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
 //! | `POST /v1/reload` | reads the configuration again → `ConfigStatus`, once it is applied or refused |
@@ -134,6 +135,9 @@ pub struct Vm {
     pub allow: Vec<u16>,
     /// Plain AF_VSOCK ports that may be reached as `VM:vsock-PORT`.
     pub allow_vsock: Vec<u32>,
+    /// Services that may be reached, by the names that the guest has for them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_services: Vec<String>,
     /// Microseconds that its port process polls before it sleeps.
     #[serde(default)]
     pub busy_poll_us: u32,
@@ -217,6 +221,21 @@ pub struct Silent {
     pub host: String,
     /// Why.
     pub why: String,
+}
+
+/// A host, as clients of its proxy find it.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostShown {
+    /// Its name.
+    pub name: String,
+    /// IP address and port of a listener of its proxy that speaks TLS. An unspecified IP address stands for the one by which this host is
+    /// asked.
+    pub address: String,
+    /// Digest of its key: `sha256/` and base64.
+    pub pin: String,
+    /// It is the one that is asked.
+    pub here: bool,
 }
 
 /// What a host says of the VMs that it has.
@@ -431,6 +450,10 @@ pub struct NewVm {
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(schema_with = openapi::vsock_ports, required = false))]
     pub allow_vsock: Vec<u32>,
+    /// Services that may be reached, by the names that the guest has for them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::services, required = false))]
+    pub allow_services: Vec<String>,
 }
 
 /// Changes settings of a VM; what is not given stays.
@@ -446,6 +469,10 @@ pub struct VmChange {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(schema_with = openapi::new_vsock_ports, required = false))]
     pub allow_vsock: Option<Vec<u32>>,
+    /// Services that may be reached from now on. Streams that are open go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(schema_with = openapi::new_services, required = false))]
+    pub allow_services: Option<Vec<String>>,
     /// Microseconds that its port process polls before it sleeps. The port process has it after `POST …/reload`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub busy_poll_us: Option<u32>,
@@ -596,8 +623,11 @@ pub struct Goal {
     pub digest: String,
     /// RFC 3339.
     pub accepted_at: String,
-    /// Its tasks, in order of VM and step.
+    /// Its tasks, in order of VM and step; those of other hosts with them.
     pub tasks: Vec<Task>,
+    /// Hosts that did not say what they have of it, and why: there may be more tasks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub silent: Vec<Silent>,
 }
 
 /// A goal in a list: how far it is. Each step on each VM counts once, by its last attempt.
@@ -640,6 +670,9 @@ pub struct Task {
     pub goal_id: String,
     /// VM that runs it.
     pub vm: String,
+    /// The host that has it, where several were asked; none: this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// Step of the goal.
     pub step: String,
     /// 1 for the first.

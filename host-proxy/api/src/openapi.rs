@@ -6,6 +6,9 @@ use utoipa::openapi::{RefOr, Schema};
 /// Most ports of a list.
 const PORTS_MAX: usize = 1024;
 
+/// Most services of a list.
+const SERVICES_MAX: usize = 64;
+
 /// Ports between these.
 fn numbers(min: u64, max: u64) -> RefOr<Schema> {
     let number = ObjectBuilder::new()
@@ -47,6 +50,22 @@ pub(crate) fn ports() -> RefOr<Schema> {
 /// AF_VSOCK ports. The last number means any port.
 pub(crate) fn vsock_ports() -> RefOr<Schema> {
     numbers(0, u64::from(u32::MAX) - 1)
+}
+
+/// Names of services.
+pub(crate) fn services() -> RefOr<Schema> {
+    let name = ObjectBuilder::new()
+        .schema_type(Type::String)
+        .pattern(Some("^[a-z0-9]([a-z0-9-]{0,58}[a-z0-9])?$"));
+    ArrayBuilder::new()
+        .items(name)
+        .max_items(Some(SERVICES_MAX))
+        .into()
+}
+
+/// [`services`] of a change.
+pub(crate) fn new_services() -> RefOr<Schema> {
+    or_null(services())
 }
 
 /// One of these names.

@@ -170,11 +170,53 @@ impl Server {
         }
     }
 
-    pub(crate) fn token(&self) -> Option<&HeaderValue> {
+    /// Another one, to which the same is shown. It is believed by its key alone.
+    ///
+    /// # Errors
+    /// The address or the pin is none.
+    pub fn with_key(&self, at: &str, of_key: &str) -> Result<Self, ServerError> {
+        let (host, port) = address(at)?;
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let name = ServerName::try_from(bare.to_owned()).map_err(|_| ServerError::Address)?;
+        let believed = Believed {
+            by_ca: None,
+            pin: Some(pin(of_key)?),
+            algorithms: ring::default_provider().signature_verification_algorithms,
+        };
+        let mut tls = ClientConfig::clone(&self.0.tls);
+        tls.dangerous().set_certificate_verifier(Arc::new(believed));
+        // A session that is resumed shows no certificate, and what is kept of sessions is by the name only.
+        tls.resumption = rustls::client::Resumption::disabled();
+        Ok(Self(Arc::new(Inner {
+            host: bare.to_owned(),
+            port,
+            name,
+            tls: Arc::new(tls),
+            token: self.0.token.clone(),
+        })))
+    }
+
+    /// How an IP address and a port are reached that this server has named: an unspecified one is its own.
+    pub fn address_of(&self, named: &str) -> Option<String> {
+        let named: std::net::SocketAddr = named.parse().ok()?;
+        let (host, port) = (&self.0.host, named.port());
+        Some(match (named.ip().is_unspecified(), host.contains(':')) {
+            (false, _) => format!("https://{named}"),
+            (true, true) => format!("https://[{host}]:{port}"),
+            (true, false) => format!("https://{host}:{port}"),
+        })
+    }
+
+    /// The field that shows our token.
+    pub fn token(&self) -> Option<&HeaderValue> {
         self.0.token.as_ref()
     }
 
-    pub(crate) async fn connect(&self) -> Result<TlsStream<TcpStream>, ClientError> {
+    /// Connects to it. Nothing is sent before it is known to be the one that is meant.
+    ///
+    /// # Errors
+    /// It is not reached, or another one answers.
+    pub async fn connect(&self) -> Result<TlsStream<TcpStream>, ClientError> {
         let Inner { host, port, .. } = &*self.0;
         let tcp = TcpStream::connect((host.as_str(), *port)).await;
         let tcp = tcp.map_err(|source| ClientError::NoServer {
@@ -393,6 +435,31 @@ mod tests {
             };
             assert!(matches!(Server::new(with), Err(ServerError::Pin)), "{bad}");
         }
+    }
+
+    #[test]
+    fn r70_another_one_is_believed_by_its_key_only_and_is_where_the_first_says() {
+        let one = server("https://h.example:7443").unwrap();
+        for (named, at) in [
+            ("192.0.2.1:7", "https://192.0.2.1:7"),
+            ("[2001:db8::1]:7", "https://[2001:db8::1]:7"),
+            ("0.0.0.0:7", "https://h.example:7"),
+            ("[::]:7", "https://h.example:7"),
+        ] {
+            assert_eq!(one.address_of(named).as_deref(), Some(at));
+            let other = one.with_key(at, A_PIN).unwrap();
+            assert_eq!(other.to_string(), at);
+        }
+        let v6 = server("https://[::1]:1").unwrap();
+        assert_eq!(
+            v6.address_of("0.0.0.0:7").as_deref(),
+            Some("https://[::1]:7")
+        );
+        for bad in ["", "h:1", "192.0.2.1", "https://192.0.2.1:7"] {
+            assert_eq!(one.address_of(bad), None, "{bad}");
+        }
+        let none = one.with_key("https://192.0.2.1:7", "");
+        assert!(matches!(none, Err(ServerError::Pin)));
     }
 
     #[test]

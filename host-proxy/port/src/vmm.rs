@@ -293,6 +293,7 @@ mod tests {
             cid: 3,
             allow: vec![],
             allow_vsock: vec![],
+            allow_services: vec![],
         };
         Registration { aditd, vm }
     }

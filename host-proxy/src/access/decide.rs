@@ -1,13 +1,14 @@
 //! The decision: from grants, caller, verb and VM alone. What is not granted is denied.
 //!
-//! Two rules must agree. A grant says what a caller may do; the VM's own lists (`allow`, `allow_vsock`) say what of the VM may be
-//! reached at all, by anybody. Services of the agent that are no ports are the owner's.
+//! Two rules must agree. A grant says what a caller may do; the VM's own lists (`allow`, `allow_vsock`, `allow_services`) say what of the VM
+//! may be reached at all, by anybody. Services of the agent that nobody has named are the owner's.
 //!
 //! Whoever may not `see` a VM gets the same denial as where there is none ([`Denial::is_hidden`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
+use adit_names::VmId;
 use adit_port::control::Target;
 
 use super::caller::Caller;
@@ -42,6 +43,8 @@ pub struct VmView<'a> {
     pub allow: &'a [u16],
     /// AF_VSOCK ports that may be reached.
     pub allow_vsock: &'a [u32],
+    /// Services that may be reached, by the names that the guest has for them.
+    pub allow_services: &'a [VmId],
     /// Labels of the configuration.
     pub labels: &'a BTreeMap<String, String>,
     /// Labels of a card that this host believes. A label of the configuration comes before one of the same name.
@@ -56,6 +59,7 @@ impl<'a> VmView<'a> {
             name,
             allow: &[],
             allow_vsock: &[],
+            allow_services: &[],
             labels: &NONE,
             card: None,
         }
@@ -103,6 +107,11 @@ pub enum Reason {
         port: u32,
         /// Name of the list.
         list: &'static str,
+    },
+    /// The VM's list of services does not have it.
+    NotNamed {
+        /// Name of the service.
+        service: String,
     },
     /// No setting is about such a service.
     NoRule {
@@ -358,9 +367,15 @@ fn listed(caller: &Caller, vm: VmView<'_>, target: &Target) -> Result<(), Reason
             Some(port) if vm.allow.contains(&port) => Ok(()),
             Some(port) => Err(not_listed(port.into(), "allow")),
             None if caller.is_owner() && OWNERS.contains(&service.as_str()) => Ok(()),
-            None => Err(Reason::NoRule {
-                service: service.to_string(),
-            }),
+            None => match service.name() {
+                Some(name) if vm.allow_services.iter().any(|one| one.as_str() == name) => Ok(()),
+                Some(name) => Err(Reason::NotNamed {
+                    service: name.to_owned(),
+                }),
+                None => Err(Reason::NoRule {
+                    service: service.to_string(),
+                }),
+            },
         },
         Target::VsockPort(port) if vm.allow_vsock.contains(port) => Ok(()),
         Target::VsockPort(port) => Err(not_listed(*port, "allow_vsock")),
@@ -387,7 +402,7 @@ impl Reason {
         match self {
             Self::NotGranted => "not-granted",
             Self::Expired { .. } => "expired",
-            Self::NotListed { .. } => "not-listed",
+            Self::NotListed { .. } | Self::NotNamed { .. } => "not-listed",
             Self::NoRule { .. } => "no-rule",
         }
     }
@@ -407,6 +422,9 @@ impl Reason {
             }
             Self::NotListed { port, list } => {
                 format!("port {port} of VM `{vm}` is not in its `{list}` list")
+            }
+            Self::NotNamed { service } => {
+                format!("service `{service}` of VM `{vm}` is not in its `allow_services` list")
             }
             Self::NoRule { service } => format!("nothing allows service `{service}` of VM `{vm}`"),
         }

@@ -3,7 +3,7 @@
 //! | text | what may be done |
 //! |---|---|
 //! | `reach` | streams to whatever the VM's own lists have |
-//! | `reach:80,8000-8100,vsock:5000` | streams to these TCP and AF_VSOCK ports, as far as the VM's own lists have them |
+//! | `reach:80,8000-8100,vsock:5000,svc:docker` | streams to these TCP and AF_VSOCK ports and services, as far as the VM's own lists have them |
 //! | `see` | the VM is in lists and is shown; without it the VM looks as if there were none |
 //! | `task` | its tasks and what they wrote are shown |
 //! | `goal` | goals are applied to it |
@@ -15,6 +15,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
+use adit_names::ServiceName;
 use adit_port::control::Target;
 
 use super::decide::Verb;
@@ -72,11 +73,12 @@ pub enum May {
     Manage,
 }
 
-/// Ports of a guest.
+/// Ports and named services of a guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ports {
     tcp: Vec<RangeInclusive<u16>>,
     vsock: Vec<RangeInclusive<u32>>,
+    services: Vec<ServiceName>,
 }
 
 /// Why a text is nothing that may be done.
@@ -90,7 +92,7 @@ pub enum MayError {
     Later(&'static str),
     /// No ports.
     #[error(
-        "`reach:` takes ports such as 80,8000-8100,vsock:5000: at most {LIST_MAX}, 1 to 65535 for TCP"
+        "`reach:` takes ports and services such as 80,8000-8100,vsock:5000,svc:docker: at most {LIST_MAX}, 1 to 65535 for TCP"
     )]
     Ports,
 }
@@ -98,9 +100,10 @@ pub enum MayError {
 impl Ports {
     fn has(&self, target: &Target) -> bool {
         match target {
-            Target::Service(service) => service
-                .tcp_port()
-                .is_some_and(|port| self.tcp.iter().any(|range| range.contains(&port))),
+            Target::Service(service) => match service.tcp_port() {
+                Some(port) => self.tcp.iter().any(|range| range.contains(&port)),
+                None => self.services.contains(service),
+            },
             Target::VsockPort(port) => self.vsock.iter().any(|range| range.contains(port)),
         }
     }
@@ -128,6 +131,11 @@ impl FromStr for Ports {
         for (nth, part) in text.split(',').enumerate() {
             if nth == LIST_MAX {
                 return Err(MayError::Ports);
+            }
+            if let Some(name) = part.strip_prefix("svc:") {
+                let service = ServiceName::named(name);
+                ports.services.push(service.ok_or(MayError::Ports)?);
+                continue;
             }
             match part.strip_prefix("vsock:") {
                 Some(vsock) => ports.vsock.push(range(vsock).ok_or(MayError::Ports)?),
@@ -208,15 +216,14 @@ impl fmt::Display for Ports {
             .vsock
             .iter()
             .map(|range| format!("vsock:{}", shown(range)));
-        let all: Vec<_> = tcp.chain(vsock).collect();
+        let services = self.services.iter().map(ToString::to_string);
+        let all: Vec<_> = tcp.chain(vsock).chain(services).collect();
         f.write_str(&all.join(","))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use adit_names::ServiceName;
-
     use super::*;
 
     fn reaches(may: &str, target: &Target) -> bool {
@@ -235,6 +242,9 @@ mod tests {
         assert!(!reaches("reach:vsock:5000", &tcp(5000)));
         let named = Target::Service("agent".parse().unwrap());
         assert!(!reaches("reach:1-65535", &named));
+        let docker = Target::Service("svc:docker".parse().unwrap());
+        assert!(reaches("reach", &docker) && reaches("reach:80,svc:docker", &docker));
+        assert!(!reaches("reach:1-65535,svc:dock", &docker));
     }
 
     #[test]
@@ -242,6 +252,7 @@ mod tests {
         for text in [
             "reach",
             "reach:80,8000-8100,vsock:5000",
+            "reach:80,svc:docker",
             "see",
             "task",
             "goal",
@@ -260,6 +271,10 @@ mod tests {
             "vsock:",
             "vsock:4294967296",
             "*",
+            "svc:",
+            "svc:Docker",
+            "svc:a.b",
+            "svc:tcp:80",
         ] {
             let may = format!("reach:{ports}").parse::<May>();
             assert_eq!(may, Err(MayError::Ports), "{ports}");

@@ -15,44 +15,83 @@ use crate::access::log_in::NotLoggedIn;
 use crate::access::{Access, Caller, Subject, Verb, VmView};
 use crate::desk::DeskError;
 use crate::desk::store::page::Names;
+use crate::listen::Admits;
 use crate::state::State;
 
 /// Who makes a request. Without one in it a request is not served.
 #[derive(Clone)]
 pub struct Asks {
     caller: Caller,
-    /// To know later whether it still is the same one; none: the owner.
-    by: Option<(Asking, Option<String>)>,
+    /// To know later whether it still is the same one.
+    by: By,
+}
+
+/// How somebody is known.
+#[derive(Clone)]
+enum By {
+    /// They may use the operator's socket: this user of the host does.
+    Owner(Option<u32>),
+    /// By their connection, and maybe by a token: its name, and the field that shows it.
+    Listener(Asking, Option<(String, HeaderValue)>),
+    /// By the word of another host, as far as it counts.
+    Host,
 }
 
 impl Asks {
     /// Whoever may use the operator's socket.
-    pub fn owner() -> Self {
+    pub fn owner(uid: Option<u32>) -> Self {
         Self {
             caller: Caller::owner(),
-            by: None,
+            by: By::Owner(uid),
         }
     }
 
-    /// Somebody on a management listener, maybe with a token of that name.
-    pub async fn of(state: &State, asking: Asking, token: Option<String>) -> Self {
-        let caller = caller_of(state, &asking, token.as_deref()).await;
+    /// Somebody on a management listener, maybe with a token: its name, and the field that shows it.
+    pub async fn of(state: &State, asking: Asking, token: Option<(String, HeaderValue)>) -> Self {
+        let caller = caller_of(state, &asking, token.as_ref()).await;
         Self {
             caller,
-            by: Some((asking, token)),
+            by: By::Listener(asking, token),
+        }
+    }
+
+    /// Somebody who asks by way of another host.
+    pub fn by_way_of_host(caller: Caller) -> Self {
+        Self {
+            caller,
+            by: By::Host,
+        }
+    }
+
+    /// Whether they ask by way of another host: then no further one is asked (R126).
+    pub(super) fn is_by_way_of_host(&self) -> bool {
+        self.caller.via().is_some()
+    }
+
+    /// Who is said to ask where another host decides: the owner is a user of this host there, as everybody else is.
+    pub(super) async fn as_claimed(&self, state: &State) -> Caller {
+        match self.by {
+            By::Owner(Some(uid)) => state.callers.of_user(uid).caller().await,
+            _ => self.caller.clone(),
         }
     }
 
     /// The same one as of now: a token or certificate may have ended meanwhile.
     pub(super) async fn again(&self, state: &State) -> Self {
         let caller = match &self.by {
-            Some((asking, token)) => caller_of(state, asking, token.as_deref()).await,
-            None => self.caller.clone(),
+            By::Listener(asking, token) => caller_of(state, asking, token.as_ref()).await,
+            By::Owner(_) => self.caller.clone(),
+            By::Host => still_vouched(state, &self.caller),
         };
         Self {
             caller,
             by: self.by.clone(),
         }
+    }
+
+    /// Whether the same names still count as when they came.
+    pub(super) async fn is_same(&self, state: &State) -> bool {
+        self.is_owner() || self.again(state).await.caller.subjects() == self.caller.subjects()
     }
 
     /// Whether everything is theirs.
@@ -183,12 +222,42 @@ struct Denied {
     text: Option<String>,
 }
 
-async fn caller_of(state: &State, asking: &Asking, token: Option<&str>) -> Caller {
+async fn caller_of(
+    state: &State,
+    asking: &Asking,
+    token: Option<&(String, HeaderValue)>,
+) -> Caller {
     let caller = asking.caller().await;
     let tokens = state.callers.tokens();
-    match token.filter(|name| tokens.has(name, state.now_ms())) {
-        Some(name) => caller.with_token(name),
+    match token.filter(|(name, _)| tokens.has(name, state.now_ms())) {
+        // The host that has a VM may know it too.
+        Some((name, field)) => caller.with_token(name).with_shown(field.as_bytes(), false),
         None => caller,
+    }
+}
+
+/// Somebody who came by way of another host, with those of their names that still count.
+fn still_vouched(state: &State, caller: &Caller) -> Caller {
+    let Some(host) = caller.via() else {
+        return caller.clone();
+    };
+    let tokens = state.callers.tokens();
+    let counts = caller.subjects().iter().filter(|subject| match subject {
+        Subject::User(_) | Subject::Group(_) => state.peers.still_vouches(host, subject),
+        Subject::Token(name) => tokens.has(name, state.now_ms()),
+        Subject::Cert(_) | Subject::Anyone => false,
+    });
+    caller.by_way_of(host, counts.cloned().collect())
+}
+
+/// Whoever may use the operator's socket: this user, if the kernel has said so.
+#[derive(Clone, Copy, Debug)]
+pub struct Owner(pub Option<u32>);
+
+impl Admits for Owner {
+    async fn admit(&self, request: &mut Parts) -> Result<(), Response> {
+        request.extensions.insert(Asks::owner(self.0));
+        Ok(())
     }
 }
 

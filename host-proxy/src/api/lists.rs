@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
-use super::{ApiError, App, Asks, find};
+use super::{ApiError, App, Asks, elsewhere, find};
 use crate::access::Verb;
 use crate::desk::DeskError;
 use crate::desk::store::page::{Filter, PAGE_MAX};
@@ -36,7 +36,12 @@ pub(super) async fn goals(
 ) -> Result<Response, ApiError> {
     let (before, limit) = (q.before.unwrap_or(i64::MAX), q.newest.unwrap_or(PAGE_MAX));
     let of = asks.of_tasks(&state).await?;
-    let (goals, earlier) = state.desk.newest_goals(q.id, of, before, limit).await?;
+    let ends_with = q.id.clone().filter(|_| q.before.is_none());
+    let (mut goals, earlier) = state.desk.newest_goals(q.id, of, before, limit).await?;
+    if let Some(ends_with) = ends_with {
+        elsewhere::goals_with_id(&state, &asks, &ends_with, limit.min(PAGE_MAX), &mut goals)
+            .await?;
+    }
     Ok(answer::<GoalSummary>(&goals, earlier))
 }
 

@@ -1,12 +1,13 @@
 //! The JSON API on the Unix socket and on management listeners; `adit_api` lists the endpoints and has the types.
 //!
-//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `host_events` what happens here, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`lists`: the newest of them, and
+//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `host_events` what happens here, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`elsewhere`: of those of other hosts; `lists`: the newest of them, and
 //! filters that name nothing); `asks` knows who makes a request, and `rules` what that takes; here is the rest, and how a request fails.
 
 mod access;
 mod asks;
 mod blobs;
 mod discovery;
+mod elsewhere;
 mod host_events;
 mod lists;
 mod openapi;
@@ -50,7 +51,9 @@ pub const BODY_MAX: usize = 2 * dsse::ENVELOPE_MAX + 4096;
 /// How long it may take until a configuration that is read again is applied: VMs that are removed have some seconds to end.
 const RELOAD_LIMIT: Duration = Duration::from_secs(30);
 
-pub use asks::{Asks, no_browser, no_proxy, not_logged_in};
+pub use elsewhere::of_other_host;
+
+pub use asks::{Asks, Owner, no_browser, no_proxy, not_logged_in};
 
 type App = Arc<State>;
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -89,6 +92,7 @@ fn own() -> OpenApiRouter<App> {
     OpenApiRouter::new()
         .routes(routes!(resolve::one))
         .routes(routes!(resolve::all))
+        .routes(routes!(resolve::hosts))
         .routes(routes!(vms::list, vms::add))
         .routes(routes!(vms::show, vms::change, vms::remove))
         .routes(routes!(vms::reload))
@@ -181,6 +185,11 @@ impl ApiError {
     fn help(mut self, help: &str) -> Self {
         self.1.help = help.into();
         self
+    }
+
+    /// Whether it is of this kind.
+    fn is(&self, code: &str) -> bool {
+        self.1.code == code
     }
 
     fn unknown_vm(name: &str) -> Self {
@@ -312,6 +321,7 @@ fn find(state: &State, name: &str) -> Result<Arc<VmEntry>, ApiError> {
 fn patient(state: &State, asks: &Asks) -> Result<OwnedSemaphorePermit, ApiError> {
     let patient = match asks.is_owner() {
         true => &state.patient,
+        false if asks.is_by_way_of_host() => &state.peers.watches,
         false => &state.patient_others,
     };
     patient.clone().try_acquire_owned().map_err(|_| {

@@ -1,6 +1,6 @@
 //! What the API is asked of names: which host has a VM, and what all hosts have.
 
-use adit_api::{AllVms, Resolution, Silent, VmAt};
+use adit_api::{AllVms, HostShown, Resolution, Silent, VmAt};
 use adit_names::ServiceName;
 use adit_port::control::Target;
 use axum::Json;
@@ -115,4 +115,30 @@ pub(super) async fn all(Shared(state): Shared<App>) -> Json<AllVms> {
     }
     vms.sort_by(|a, b| (&a.name, &a.host).cmp(&(&b.name, &b.host)));
     Json(AllVms { vms, silent })
+}
+
+/// Lists the hosts, as clients find their proxies.
+#[utoipa::path(
+    get,
+    path = "/v1/hosts",
+    responses((status = 200, body = Vec<HostShown>, description = "Those of the configuration, and this one if it has a listener for others"))
+)]
+pub(super) async fn hosts(Shared(state): Shared<App>) -> Json<Vec<HostShown>> {
+    let own = state.host().and_then(|name| {
+        let (address, pin) = state.door()?;
+        Some(HostShown {
+            name: name.to_string(),
+            address: address.to_string(),
+            pin,
+            here: true,
+        })
+    });
+    let others = state.peers.all();
+    let others = others.iter().map(|host| HostShown {
+        name: host.config.name.to_string(),
+        address: host.config.address.to_string(),
+        pin: host.config.pin.to_string(),
+        here: false,
+    });
+    Json(own.into_iter().chain(others).collect())
 }

@@ -32,7 +32,7 @@ use Takes::{Handler, Host, Name, Nothing, Vm};
 use Verb::{Manage, See};
 
 /// The table.
-pub(super) const RULES: [(&str, &str, Takes); 31] = [
+pub(super) const RULES: [(&str, &str, Takes); 32] = [
     ("GET", "/healthz", Nothing),
     ("GET", "/v1/openapi.json", Name),
     // `see`
@@ -44,6 +44,7 @@ pub(super) const RULES: [(&str, &str, Takes); 31] = [
     ("GET", "/readyz", Host(See)),
     ("GET", "/v1/config", Host(See)),
     ("GET", "/v1/host-events", Host(See)),
+    ("GET", "/v1/hosts", Host(See)),
     ("GET", "/v1/resolve", Host(See)),
     ("GET", "/v1/resolve/{name}", Host(See)),
     // `task`

@@ -14,12 +14,11 @@ use serde::Deserialize;
 use tokio::sync::broadcast::error::RecvError;
 use utoipa::IntoParams;
 
-use super::{Answer, ApiError, App, Asks, find, lists, parse, patient};
+use super::{Answer, ApiError, App, Asks, elsewhere, lists, parse, patient};
 use crate::access::Verb;
 use crate::desk::store::page::{self, Filter, PAGE_MAX};
 use crate::desk::{self, DeskError, rfc3339};
 use crate::state::State;
-use crate::vm::VmEntry;
 
 /// Takes a signed goal.
 #[utoipa::path(
@@ -36,27 +35,33 @@ pub(super) async fn add_goal(Shared(state): Shared<App>, asks: Asks, body: Bytes
     let envelope = dsse::Envelope::parse(new.envelope.as_bytes()).map_err(|e| bad(&e))?;
     let goal =
         adit_tasks::Goal::parse_unverified(envelope.unverified_payload()).map_err(|e| bad(&e))?;
-    for vm in &goal.audience.vms {
-        asks.may(&state, Verb::Goal, vm.as_str())?;
-    }
-    for vm in &new.to {
-        asks.may(&state, Verb::Goal, vm)?;
-    }
-    let vms = targets(&state, &new, &goal)?;
+    let places = elsewhere::places(&state, &asks, &new, &goal).await?;
     let (goal_id, digest) = (goal.goal_id.to_string(), envelope.digest());
-    let new = desk::NewGoal {
-        goal,
-        digest,
-        signer: desk::store::migrations::signer(&envelope),
-        envelope: new.envelope.into_bytes(),
-        vms: vms.iter().map(|vm| vm.name.clone()).collect(),
+    let taken = elsewhere::give(&state, &asks, &places, &new, (&goal_id, &digest)).await?;
+    let own = match places.is_elsewhere() {
+        true => None,
+        false => {
+            let new = desk::NewGoal {
+                goal,
+                digest,
+                signer: desk::store::migrations::signer(&envelope),
+                envelope: new.envelope.into_bytes(),
+                vms: places.here.iter().map(|vm| vm.name.clone()).collect(),
+            };
+            let accepted = state.desk.add_goal(new).await;
+            let mut accepted = accepted.map_err(|e| taken.and_then(e.into()))?;
+            // To apply goals is not to see tasks: it may be here already, and have run.
+            accepted
+                .tasks
+                .retain(|task| asks.sees(&state, Verb::Task, &task.vm));
+            Some(show_accepted(goal_id, &digest, accepted))
+        }
     };
-    let mut accepted = state.desk.add_goal(new).await?;
-    // To apply goals is not to see tasks: it may be here already, and have run.
-    accepted
-        .tasks
-        .retain(|task| asks.sees(&state, Verb::Task, &task.vm));
-    Ok(Json(show_accepted(goal_id, &digest, accepted)))
+    let merged = elsewhere::merged(&state, own, taken.goals, vec![]);
+    // It is queued somewhere, or was refused.
+    merged
+        .map(Json)
+        .ok_or_else(|| DeskError::UnknownGoal.into())
 }
 
 fn show_accepted(goal_id: String, digest: &[u8; 32], accepted: desk::Accepted) -> Goal {
@@ -65,33 +70,8 @@ fn show_accepted(goal_id: String, digest: &[u8; 32], accepted: desk::Accepted) -
         digest: hex(digest),
         accepted_at: rfc3339(accepted.accepted_ms),
         tasks: accepted.tasks,
+        silent: vec![],
     }
-}
-
-/// The VMs that a goal is queued for: of its audience, unless the caller insists.
-fn targets(
-    state: &State,
-    new: &NewGoal,
-    goal: &adit_tasks::Goal,
-) -> Result<Vec<Arc<VmEntry>>, ApiError> {
-    let mut vms = Vec::new();
-    if new.to.is_empty() {
-        for id in &goal.audience.vms {
-            vms.push(find(state, id.as_str())?);
-        }
-        return Ok(vms);
-    }
-    for name in &new.to {
-        let vm = find(state, name)?;
-        if !goal.audience.vms.contains(&vm.name) && !new.relay_unchecked {
-            let message =
-                format!("the goal is not for `{name}`: its signed audience does not name it");
-            return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "wrong-audience", message)
-                .help("sign it again with that VM in --to; --relay-unchecked queues it anyway, and the guest refuses it"));
-        }
-        vms.push(vm);
-    }
-    Ok(vms)
 }
 
 /// Shows a goal.
@@ -106,15 +86,39 @@ pub(super) async fn show_goal(
     asks: Asks,
     Path(id): Path<String>,
 ) -> Answer<Goal> {
-    let (digest, mut accepted) = state.desk.goal(id.clone()).await?;
+    let own = match own_goal(&state, &asks, &id).await {
+        Ok(own) => Some(own),
+        Err(DeskError::UnknownGoal) => None,
+        Err(e) => return Err(e.into()),
+    };
+    let digest = own.as_ref().map(|(digest, _)| digest);
+    let (others, silent) = elsewhere::goal(&state, &asks, &id, digest).await;
+    if own.is_none() && others.is_empty() {
+        let unknown = DeskError::UnknownGoal.into();
+        return Err(elsewhere::unknown_goal(&state, unknown, &silent));
+    }
+    let own = own.map(|(digest, accepted)| show_accepted(id, &digest, accepted));
+    let merged = elsewhere::merged(&state, own, others, silent);
+    merged
+        .map(Json)
+        .ok_or_else(|| DeskError::UnknownGoal.into())
+}
+
+/// What this host has of a goal, as far as the caller may see it.
+async fn own_goal(
+    state: &State,
+    asks: &Asks,
+    id: &str,
+) -> Result<([u8; 32], desk::Accepted), DeskError> {
+    let (digest, mut accepted) = state.desk.goal(id.to_owned()).await?;
     if !asks.is_owner() {
         let tasks = &mut accepted.tasks;
-        tasks.retain(|task| asks.sees(&state, Verb::Task, &task.vm));
+        tasks.retain(|task| asks.sees(state, Verb::Task, &task.vm));
         if tasks.is_empty() {
-            return Err(DeskError::UnknownGoal.into());
+            return Err(DeskError::UnknownGoal);
         }
     }
-    Ok(Json(show_accepted(id, &digest, accepted)))
+    Ok((digest, accepted))
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -138,6 +142,22 @@ pub(super) struct TaskQuery {
     before: Option<i64>,
 }
 
+impl TaskQuery {
+    /// All but the VM.
+    fn others(&self) -> [(&'static str, Option<String>); 7] {
+        let number = |n: Option<usize>| n.map(|n| n.to_string());
+        [
+            ("goal", self.goal.clone()),
+            ("state", self.state.clone()),
+            ("id", self.id.clone()),
+            ("limit", number(self.limit)),
+            ("after", Some(self.after.to_string())),
+            ("newest", number(self.newest)),
+            ("before", self.before.map(|at| at.to_string())),
+        ]
+    }
+}
+
 /// Lists tasks.
 #[utoipa::path(
     get,
@@ -150,8 +170,17 @@ pub(super) async fn list(
     asks: Asks,
     Query(q): Query<TaskQuery>,
 ) -> Result<Response, ApiError> {
-    let id = match q.id {
-        Some(digits) => Some(page::id_range(&digits).ok_or_else(bad_id)?),
+    let mut q = q;
+    if let Some(vm) = &q.vm {
+        let (host, vm) = elsewhere::of_vm(&state, &asks, vm).await?;
+        if let Some(host) = host {
+            let query = q.others();
+            return elsewhere::tasks_of(&state, &asks, &host, &vm, &query).await;
+        }
+        q.vm = Some(vm);
+    }
+    let id = match &q.id {
+        Some(digits) => Some(page::id_range(digits).ok_or_else(bad_id)?),
         None => None,
     };
     let filter = Filter {
@@ -167,12 +196,15 @@ pub(super) async fn list(
     if let Some(limit) = q.newest {
         return lists::newest_tasks(&state, filter, q.before, limit).await;
     }
-    let (tasks, next) = state
+    let (mut tasks, next) = state
         .desk
         .tasks(&filter, q.after, q.limit.unwrap_or(PAGE_MAX))
         .await?;
     if tasks.is_empty() {
         lists::check_names(&state, &filter).await?;
+    }
+    if let Some(digits) = q.id.filter(|_| q.after == 0 && filter.vm.is_none()) {
+        elsewhere::tasks_with_id(&state, &asks, &digits, &mut tasks).await?;
     }
     if q.limit.is_some() || next.is_none() {
         let mut response = Json(tasks).into_response();
@@ -246,7 +278,13 @@ pub(super) async fn show(
     asks: Asks,
     Path(id): Path<String>,
 ) -> Answer<Task> {
-    Ok(Json(shown(&state, &asks, task_id(&id)?).await?))
+    let unknown = match shown(&state, &asks, task_id(&id)?).await {
+        Ok(task) => return Ok(Json(task)),
+        Err(e) if e.is("unknown-task") => e,
+        Err(e) => return Err(e),
+    };
+    let there = elsewhere::task(&state, &asks, &id).await?;
+    there.map(Json).ok_or(unknown)
 }
 
 /// A task that the caller may see; any other one is not there.
@@ -278,7 +316,7 @@ pub(super) async fn output(
     Path(id): Path<String>,
     Query(q): Query<OutputQuery>,
 ) -> Result<Response, ApiError> {
-    let id = task_id(&id)?;
+    let (text, id) = (id.clone(), task_id(&id)?);
     let stderr = match q.stream.as_deref() {
         None | Some("stdout") => false,
         Some("stderr") => true,
@@ -290,8 +328,19 @@ pub(super) async fn output(
             ));
         }
     };
-    if !asks.is_owner() {
-        shown(&state, &asks, id).await?;
+    if let Err(e) = shown(&state, &asks, id).await {
+        if !e.is("unknown-task") {
+            return Err(e);
+        }
+        let stream = if stderr { "stderr" } else { "stdout" };
+        let path = format!("/v1/tasks/{text}/output?stream={stream}");
+        let there = elsewhere::first(&state, &asks, &path).await?;
+        let (_, answer) = there.ok_or(e)?;
+        let mut head = HeaderMap::new();
+        if let Some(left_out) = answer.head.get(adit_api::LEFT_OUT) {
+            head.insert(adit_api::LEFT_OUT, left_out.clone());
+        }
+        return Ok((head, answer.body).into_response());
     }
     let out = state.desk.output(id, stderr).await?;
     let kept = (out.head.len() + out.tail.len()) as u64;
@@ -327,7 +376,7 @@ pub(super) async fn events(
     asks: Asks,
     Query(q): Query<EventQuery>,
 ) -> Result<Response, ApiError> {
-    let patient = patient(&state, &asks)?;
+    let patient = Arc::new(patient(&state, &asks)?);
     // Before the query, so that no change falls in between.
     let mut changes = state.desk.subscribe();
     let goal = q.goal;
@@ -338,11 +387,20 @@ pub(super) async fn events(
         ..Filter::default()
     };
     let mut present = state.desk.tasks(&filter, 0, PAGE_MAX).await?;
-    if present.0.is_empty() {
+    let others = match &goal {
+        Some(goal) => elsewhere::changes(&state, &asks, goal).await,
+        None => vec![],
+    };
+    if present.0.is_empty() && others.is_empty() {
         lists::check_names(&state, &filter).await?;
     }
     let (to, from) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(64);
     let cut_off = |why: &str| Err(std::io::Error::other(why.to_owned()));
+    for other in others {
+        let (state, asks, to) = (state.clone(), asks.clone(), to.clone());
+        let (goal, patient) = (goal.clone().unwrap_or_default(), patient.clone());
+        tokio::spawn(elsewhere::pass_on(state, asks, goal, other, to, patient));
+    }
     tokio::spawn(async move {
         let _patient = patient;
         let mut open = std::collections::HashMap::new();
@@ -413,7 +471,7 @@ fn track(open: &mut std::collections::HashMap<String, TaskState>, task: &Task) {
     }
 }
 
-fn line(event: &TaskEvent) -> Bytes {
+pub(super) fn line(event: &TaskEvent) -> Bytes {
     let mut text = serde_json::to_vec(event).unwrap_or_default();
     text.push(b'\n');
     text.into()

@@ -77,6 +77,7 @@ pub(super) async fn add(Shared(state): Shared<App>, asks: Asks, body: Bytes) -> 
     let config = VmConfig {
         allow: new.allow,
         allow_vsock: new.allow_vsock,
+        allow_services: services(&new.allow_services).map_err(bad_vm)?,
         ..VmConfig::new(name, new.cid)
     };
     let checked = config.check();
@@ -127,8 +128,12 @@ pub(super) async fn change(
     let VmChange {
         allow,
         allow_vsock,
+        allow_services,
         busy_poll_us,
     } = change;
+    if let Some(names) = allow_services {
+        spec.allow_services = services(&names).map_err(bad_vm)?;
+    }
     spec.allow = allow.unwrap_or(spec.allow);
     spec.allow_vsock = allow_vsock.unwrap_or(spec.allow_vsock);
     spec.busy_poll_us = busy_poll_us.unwrap_or(spec.busy_poll_us);
@@ -136,6 +141,13 @@ pub(super) async fn change(
     state.desk.keep_vm(&spec).await?;
     vm.set_spec(spec);
     Ok(Json(vm.show()))
+}
+
+/// Names of services.
+fn services(names: &[String]) -> Result<Vec<VmId>, (&'static str, String)> {
+    let name = |text: &String| text.parse::<VmId>();
+    let names = names.iter().map(name).collect::<Result<_, _>>();
+    names.map_err(|e| ("allow_services", e.to_string()))
 }
 
 /// What cannot be changed over the API, why, and what can be done.

@@ -19,9 +19,11 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{RootCertStore, ServerConfig, version};
 use serde::{Deserialize, Serialize};
+use webpki::EndEntityCert;
 
 use super::access::{Address, ListenConfig, Role, Speak};
-use crate::access::certificate::AnyCertificate;
+use crate::access::Subject;
+use crate::access::certificate::{self, AnyCertificate};
 
 /// Most bytes of such a file.
 pub const FILE_MAX: u64 = 1 << 20;
@@ -114,6 +116,8 @@ impl fmt::Debug for Pem {
 pub struct Terms {
     /// For each connection.
     pub server: Arc<ServerConfig>,
+    /// Digest of its key: `sha256/` and base64.
+    pub pin: String,
     /// Who vouches for clients' certificates.
     pub authority: Option<Arc<dyn ClientCertVerifier>>,
 }
@@ -198,6 +202,13 @@ impl ListenConfig {
             return Ok(None);
         };
         let certified = certified(cert, key, &self.pem)?;
+        let pin = certified.end_entity_cert().ok().and_then(pin_of);
+        let pin = pin.ok_or_else(|| {
+            (
+                "cert",
+                of(cert, "its first certificate is none of X.509 v3"),
+            )
+        })?;
         let provider = Arc::new(ring::default_provider());
         let algorithms = provider.signature_verification_algorithms;
         let authority = match (&self.client_ca, &self.pem.client_ca) {
@@ -238,8 +249,18 @@ impl ListenConfig {
         }
         Ok(Some(Terms {
             server: Arc::new(server),
+            pin,
             authority,
         }))
+    }
+}
+
+/// The digest of a certificate's key.
+fn pin_of(certificate: &CertificateDer<'_>) -> Option<String> {
+    let certificate = EndEntityCert::try_from(certificate).ok()?;
+    match certificate::pin(&certificate) {
+        Subject::Cert(pin) => Some(pin),
+        _ => None,
     }
 }
 

@@ -5,15 +5,15 @@
 
 use std::fmt::Write as _;
 
-use adit_names::VmId;
+use adit_names::{ServiceName, VmId};
 use adit_tasks::anchor::ANCHORS_MAX;
 use adit_tasks::card::LABELS_MAX;
 
 use super::access::{self, Address, ROLES, SPEAKS};
 use super::hosts::{self, Pin};
 use super::{
-    ACCESS_LOGS, ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, RATE_MAX, Trust,
-    UidRange, WEIGHT_MAX,
+    ACCESS_LOGS, ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, RATE_MAX,
+    SERVICES_MAX, Trust, UidRange, WEIGHT_MAX,
 };
 use crate::access::grant::LIST_MAX;
 use crate::access::vms::Vms;
@@ -99,6 +99,8 @@ pub(super) enum Texts {
     Claims,
     /// Users and groups of a host.
     Vouched,
+    /// Services that guests name.
+    Services,
 }
 
 impl Texts {
@@ -117,6 +119,10 @@ impl Texts {
             Self::May => error::<May>(text),
             Self::Claims => hosts::refuses_claim(text),
             Self::Vouched => hosts::refuses_vouched(text),
+            Self::Services => match ServiceName::named(text) {
+                Some(_) => None,
+                None => Some("it takes names of 1 to 60 of a-z, 0-9 and inner `-`".into()),
+            },
         }
     }
 }
@@ -190,8 +196,11 @@ impl Key {
                     }
                     Texts::Vms => "VM names, also with one `*` in them, and of `label:NAME=VALUE`",
                     Texts::Claims => "VM names, also with one `*` in them",
+                    Texts::Services => "names of 1 to 60 of a-z, 0-9 and inner `-`",
                     Texts::Vouched => "of `user:NAME` and `group:NAME`",
-                    Texts::May => "of `reach`, `reach:PORTS`, `see`, `task`, `goal` and `manage`",
+                    Texts::May => {
+                        "of `reach`, `reach:PORTS` (also `svc:NAME`), `see`, `task`, `goal` and `manage`"
+                    }
                 };
                 format!("a list of at most {max} {what}, each in quotes")
             }
@@ -527,7 +536,7 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "grant.may",
-        meaning: "What they may do. `reach`: connect to what the VM's `allow` and `allow_vsock` have, with ports to these of them. `see`: \
+        meaning: "What they may do. `reach`: connect to what the VM's `allow`, `allow_vsock` and `allow_services` have, with ports (or `svc:NAME`) to these of them. `see`: \
                   know that the VM is there; without it, it looks as if it were not. `task`: see its tasks. `goal`: apply goals to it. \
                   `manage`: change its settings. None implies another.",
         default: REQUIRED,
@@ -669,6 +678,17 @@ const KEYS: &[Key] = &[
         kind: Kind::Numbers {
             min: 0,
             max: U32 - 1,
+        },
+    },
+    Key {
+        path: "vm.allow_services",
+        meaning: "Services of the guest that clients may reach, through the agent, by the names that the guest's own configuration \
+                  has for them: as host name SERVICE.NAME.svc. Streams that are open go on when a name is removed.",
+        default: "[]",
+        example: "[\"docker\"]",
+        kind: Kind::Texts {
+            of: Texts::Services,
+            max: SERVICES_MAX,
         },
     },
     Key {

@@ -71,7 +71,11 @@ impl Config {
         let width = width.unwrap_or_default();
         for vm in &self.vm {
             let _ = write!(text, "    {:<width$}  cid {}, ", vm.name.as_str(), vm.cid);
-            let lists = [("TCP", list(&vm.allow)), ("vsock", list(&vm.allow_vsock))];
+            let lists = [
+                ("TCP", list(&vm.allow)),
+                ("vsock", list(&vm.allow_vsock)),
+                ("services", list(&vm.allow_services)),
+            ];
             let given: Vec<_> = lists
                 .into_iter()
                 .filter(|(_, ports)| !ports.is_empty())

@@ -58,6 +58,11 @@ fn mistakes_name_file_line_and_key() {
             4,
             "allow_vsock",
         ),
+        (
+            format!("{VM}allow_services = [\"Docker\"]\n"),
+            4,
+            "allow_services",
+        ),
         (format!("{VM}ivshmem_mib = 6\n"), 4, "ivshmem_mib"),
         ("[[vm]]\nname = \"A\"\ncid = 3\n".to_owned(), 2, "name"),
         ("[[vm]]\nname = \"a\"\ncid = 2\n".to_owned(), 3, "cid"),

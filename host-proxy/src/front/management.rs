@@ -90,7 +90,8 @@ impl Admits for Door {
                 let token = field.filter(|_| another.is_none());
                 let token = token.and_then(|field| shown(field.as_bytes()));
                 let named = log_in(&self.state, &caller, token.as_deref());
-                Some(named.map_err(|why| api::not_logged_in(&why))?)
+                let named = named.map_err(|why| api::not_logged_in(&why))?;
+                field.map(|field| (named, field.clone()))
             }
         };
         request.headers.remove(AUTHORIZATION);

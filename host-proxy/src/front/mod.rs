@@ -14,6 +14,8 @@
 //! third of the places to themselves, a user of the host half of them, and leave the others theirs. Management listeners have places
 //! and shares of their own, so that operators get in whatever the clients of VMs do.
 
+pub use adit_reach::socks5;
+
 mod clients;
 mod handed;
 mod management;
@@ -21,7 +23,6 @@ pub mod party;
 pub mod pump;
 pub mod read_ahead;
 pub mod sni;
-pub mod socks5;
 pub mod stream;
 pub mod tls;
 

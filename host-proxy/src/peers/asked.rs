@@ -1,50 +1,123 @@
 //! What this host answers to others, and to callers who may see its VMs: `GET http://HOST/v1/resolve/VM` on any listener of the proxy, where
-//! HOST is this host's own name, which no VM has.
+//! HOST is this host's own name, which no VM has. Hosts of `[[host]]` also ask there for work: the part of the API that is about goals and
+//! tasks, for the callers that they bring.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 
 use adit_api::{HostAnswer, VmAt};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
 use crate::access::{Caller, Verb};
-use crate::proxy::problem::{Body, Problem};
+use crate::api;
+use crate::listen::HEADER_LIMIT;
+use crate::proxy::problem::{Body, BodyError, Problem};
 use crate::state::State;
 use crate::vm::VmEntry;
 
 /// Where it is asked.
 const PATH: &str = "/v1/resolve";
 
-/// The answer to a request to this host itself; none: it is for a VM.
-pub fn answer<B>(
-    state: &State,
-    caller: &Caller,
-    request: &Request<B>,
-) -> Option<Result<Response<Body>, Problem>> {
-    let own = state.host()?;
+/// Whether a request is to this host itself, and not for a VM.
+pub fn is_to_host<B>(state: &State, request: &Request<B>) -> bool {
     let named = match request.uri().authority() {
-        Some(authority) => authority.host(),
+        Some(authority) => Some(authority.host()),
         None => {
-            let host = request.headers().get(HOST)?.to_str().ok()?;
-            host.rsplit_once(':').map_or(host, |(host, _)| host)
+            let host = request.headers().get(HOST);
+            let host = host.and_then(|host| host.to_str().ok());
+            host.map(|host| host.rsplit_once(':').map_or(host, |(host, _)| host))
         }
     };
-    let is_own = state.config.names.suffix.host(named).as_ref() == Some(own);
-    is_own.then(|| {
-        let path = request.uri().path();
-        let rest = path
-            .strip_prefix(PATH)
-            .filter(|_| request.method() == Method::GET);
-        match rest {
-            Some("") => Ok(said(&of_all(state, caller))),
-            Some(rest) if rest.starts_with('/') => Ok(said(&of_one(state, caller, &rest[1..]))),
-            _ => Err(Problem::new(
-                StatusCode::NOT_FOUND,
-                "http_request_error",
-                format!("`{own}` is this host, which answers to GET {PATH}/VM only"),
-            )),
-        }
-    })
+    let named = named.and_then(|named| state.config.names.suffix.host(named));
+    named.is_some() && named.as_ref() == state.host()
+}
+
+/// The answer to a request to this host itself.
+///
+/// # Errors
+/// It is none that this host answers.
+pub async fn answer<B>(
+    state: &Arc<State>,
+    caller: &Caller,
+    request: Request<B>,
+) -> Result<Response<Body>, Problem>
+where
+    B: HttpBody<Data = Bytes, Error: Into<BodyError>> + Send + 'static,
+{
+    let path = request.uri().path();
+    let rest = path
+        .strip_prefix(PATH)
+        .filter(|_| request.method() == Method::GET);
+    match rest {
+        Some("") => Ok(said(&of_all(state, caller))),
+        Some(rest) if rest.starts_with('/') => Ok(said(&of_one(state, caller, &rest[1..]))),
+        // Another host's callers have the part of the API that is about work.
+        _ if caller.via().is_some() => of_api(state, caller, request).await,
+        _ => Err(Problem::new(
+            StatusCode::NOT_FOUND,
+            "http_request_error",
+            format!(
+                "this is host `{}` itself, which answers to GET {PATH}/VM only",
+                state.host().map_or("", |host| host.as_str())
+            ),
+        )),
+    }
+}
+
+async fn of_api<B>(
+    state: &Arc<State>,
+    caller: &Caller,
+    request: Request<B>,
+) -> Result<Response<Body>, Problem>
+where
+    B: HttpBody<Data = Bytes, Error: Into<BodyError>> + Send + 'static,
+{
+    let (parts, body) = request.into_parts();
+    let whole = Limited::new(body, api::BODY_MAX).collect();
+    let whole = tokio::time::timeout(HEADER_LIMIT, whole).await;
+    let Ok(Ok(whole)) = whole else {
+        let why = "the request's body is too long, or did not come in time";
+        return Err(Problem::malformed(why));
+    };
+    let mut target = Request::builder().method(parts.method);
+    if let Some(path) = parts.uri.path_and_query() {
+        target = target.uri(path.as_str());
+    }
+    let request = target.body(whole.to_bytes());
+    let request = request.map_err(|e| Problem::malformed(e.to_string()))?;
+    let answer = api::of_other_host(state, caller.clone(), request).await;
+    Ok(answer.map(|body| Shared(Mutex::new(body)).map_err(Into::into).boxed()))
+}
+
+/// A body that threads may share, as the proxy's are: whoever reads it has it alone.
+struct Shared(Mutex<axum::body::Body>);
+
+impl HttpBody for Shared {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let body = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        Pin::new(body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let body = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let body = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        body.size_hint()
+    }
 }
 
 fn said(answer: &HostAnswer) -> Response<Body> {

@@ -1,5 +1,6 @@
 //! One stream to another host: a question, or a tunnel.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
@@ -13,13 +14,13 @@ use adit_names::VmId;
 use adit_passed::Closer;
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
-use hyper::header::{HeaderValue, PROXY_AUTHORIZATION};
+use hyper::header::{HeaderMap, HeaderValue, InvalidHeaderValue, PROXY_AUTHORIZATION};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::time::timeout;
 
 use super::carry::Carried;
 use super::hop::{self, CALLER};
-use super::lines::{Asked, LINES_MAX, Slot};
+use super::lines::{Asked, LINES_MAX, Rest, Slot};
 use super::{Host, Peers};
 use crate::access::Caller;
 use crate::link::ClientSocket;
@@ -105,7 +106,7 @@ impl Host {
         let request = Request::get(uri).body(());
         let request = request.map_err(|e| NoLine::Answer(e.to_string()))?;
         let asked = async {
-            let ((answer, _), _slot) = self.send(state, request, true).await?;
+            let ((answer, _), _slot) = self.send(state, request, Rest::Whole(Bytes::new())).await?;
             let status = answer.status();
             let body = collected(answer.into_body(), ANSWER_MAX).await?;
             let parsed = serde_json::from_slice::<HostAnswer>(&body);
@@ -162,27 +163,18 @@ impl Host {
         visit: &Visit,
     ) -> Result<Open, Refusal> {
         let name = &self.config.name;
-        let to = Destination {
-            host: Some(name.clone()),
-            ..to.clone()
-        };
+        let to = to.at(name);
         let internal =
             |e: &dyn fmt::Display| Refusal::new(Code::Internal, format!("host `{name}`: {e}"));
-        let mut request = Request::builder()
+        let request = Request::builder()
             .method(Method::CONNECT)
             .uri(to.authority())
             .header(TRACEPARENT, visit.trace().to_string());
-        if let Some(claims) = hop::claims(caller) {
-            request = request.header(CALLER, claims);
-        }
-        if let Some(shown) = caller.shown() {
-            let mut shown = HeaderValue::from_bytes(shown).map_err(|e| internal(&e))?;
-            shown.set_sensitive(true);
-            request = request.header(PROXY_AUTHORIZATION, shown);
-        }
-        let request = request.body(()).map_err(|e| internal(&e))?;
+        let mut request = request.body(()).map_err(|e| internal(&e))?;
+        let said = says_who(request.headers_mut(), caller);
+        said.map_err(|e| internal(&e))?;
         let asked = async {
-            let ((answer, to), slot) = self.send(state, request, false).await?;
+            let ((answer, to), slot) = self.send(state, request, Rest::Open).await?;
             if answer.status().is_success() {
                 return Ok(Ok(Open {
                     stream: (answer.into_body(), to),
@@ -251,16 +243,42 @@ impl Host {
         Socket::new(ours, &Closer::new(PASSED_MAX)).map_err(internal)
     }
 
-    /// Sends a request. One that no host has seen, because the connection was over already, is sent again over another.
-    async fn send(
+    /// All VMs that it has, as far as it may claim them.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn claims(
+        self: &Arc<Self>,
+        state: &State,
+    ) -> Result<HashMap<VmId, Claim<VmId>>, NoLine> {
+        let answer = self.ask(state, None).await?;
+        let claims = answer.vms.into_iter().filter_map(|found| {
+            let vm: VmId = found.name.parse().ok()?;
+            let claim = Claim {
+                host: self.config.name.clone(),
+                live: found.live,
+                generation: found.generation,
+            };
+            self.config.may_claim(&vm).then_some((vm, claim))
+        });
+        Ok(claims.collect())
+    }
+
+    /// Whether there is something to show to it, so that it can be asked.
+    pub fn is_asked(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    /// Sends a request. Where the connection was over already it is sent again over another; that host may then see it twice.
+    pub(super) async fn send(
         self: &Arc<Self>,
         state: &State,
         request: Request<()>,
-        is_whole: bool,
+        rest: Rest,
     ) -> Result<(Asked, Slot), NoLine> {
         for _ in 0..LINES_MAX {
             let slot = self.lines.take(self, state).await?;
-            match slot.ask(request.clone(), is_whole).await {
+            match slot.ask(request.clone(), rest.clone()).await {
                 Ok(asked) => return Ok((asked, slot)),
                 Err(e) => {
                     let is_over = e.is_of_connection();
@@ -288,8 +306,54 @@ impl NoLine {
     }
 }
 
+/// Writes who asks: what this host claims of them, and what they have shown.
+pub(super) fn says_who(head: &mut HeaderMap, caller: &Caller) -> Result<(), InvalidHeaderValue> {
+    if let Some(claims) = hop::claims(caller) {
+        head.insert(CALLER, HeaderValue::from_str(&claims)?);
+    }
+    if let Some(shown) = caller.shown() {
+        let mut shown = HeaderValue::from_bytes(shown)?;
+        shown.set_sensitive(true);
+        head.insert(PROXY_AUTHORIZATION, shown);
+    }
+    Ok(())
+}
+
+/// The body of an answer that comes bit by bit.
+pub struct Coming {
+    body: RecvStream,
+    /// Its place, until it ends.
+    _slot: Slot,
+}
+
+impl Coming {
+    pub(super) fn new(body: RecvStream, slot: Slot) -> Self {
+        Self { body, _slot: slot }
+    }
+
+    /// The next bit; none: it has ended.
+    ///
+    /// # Errors
+    /// It has broken off.
+    pub async fn next(&mut self) -> Option<Result<Bytes, NoLine>> {
+        let data = match poll_fn(|cx| self.body.poll_data(cx)).await? {
+            Ok(data) => data,
+            Err(e) => return Some(Err(e.into())),
+        };
+        // A stream that is over has no window.
+        let _ = self.body.flow_control().release_capacity(data.len());
+        Some(Ok(data))
+    }
+}
+
+impl fmt::Debug for Coming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Coming").finish_non_exhaustive()
+    }
+}
+
 /// All of a body, unless that is more.
-async fn collected(mut body: RecvStream, max: usize) -> Result<Vec<u8>, NoLine> {
+pub(super) async fn collected(mut body: RecvStream, max: usize) -> Result<Vec<u8>, NoLine> {
     let mut all = Vec::new();
     while let Some(data) = poll_fn(|cx| body.poll_data(cx)).await {
         let data = data?;

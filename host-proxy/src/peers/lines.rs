@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use h2::client::{Connection, SendRequest};
+use h2::client::{Connection, ResponseFuture, SendRequest};
 use h2::{PingPong, RecvStream, SendStream};
 use hyper::{Request, Response};
 use rustix::net::sockopt;
@@ -35,6 +35,7 @@ use super::{Host, tls};
 use crate::front::pump;
 use crate::front::read_ahead::ReadAhead;
 use crate::proxy::http2::STREAMS_MAX;
+use crate::proxy::http2::answer::give;
 use crate::state::State;
 
 /// Connections to one host.
@@ -106,29 +107,57 @@ impl Drop for Slot {
 }
 
 impl Slot {
-    /// Sends a request, and waits for what it is answered. `is_whole`: nothing follows it.
-    pub(super) async fn ask(&self, request: Request<()>, is_whole: bool) -> Result<Asked, NoLine> {
-        let health = &self.line.health;
+    /// Sends a request, and waits for what it is answered.
+    pub(super) async fn ask(&self, request: Request<()>, rest: Rest) -> Result<Asked, NoLine> {
         let mut requests = self.line.requests.clone().ready().await?;
-        let (answer, stream) = requests.send_request(request, is_whole)?;
-        let mut answer = pin!(answer);
-        let answer = match timeout(DOUBT_AFTER, &mut answer).await {
-            Ok(answer) => answer?,
-            Err(_) => {
-                health.doubted.notify_one();
-                tokio::select! {
-                    answer = &mut answer => answer?,
-                    () = health.vanished.cancelled() => return Err(NoLine::Slow),
+        let body = match rest {
+            Rest::Open => None,
+            Rest::Whole(body) => Some(body),
+        };
+        let is_whole = body.as_ref().is_some_and(Bytes::is_empty);
+        let (answer, mut stream) = requests.send_request(request, is_whole)?;
+        let answer = {
+            let sent = async {
+                if let Some(body) = body.filter(|body| !body.is_empty()) {
+                    // Who does not take all of it says why in the answer.
+                    let _ = give(&mut stream, body, true, || true).await;
                 }
+                std::future::pending().await
+            };
+            tokio::select! {
+                answer = self.answered(answer) => answer?,
+                never = sent => never,
             }
         };
         Ok((answer, stream))
+    }
+
+    async fn answered(&self, answer: ResponseFuture) -> Result<Response<RecvStream>, NoLine> {
+        let health = &self.line.health;
+        let mut answer = pin!(answer);
+        if let Ok(answer) = timeout(DOUBT_AFTER, &mut answer).await {
+            return Ok(answer?);
+        }
+        health.doubted.notify_one();
+        tokio::select! {
+            answer = &mut answer => Ok(answer?),
+            () = health.vanished.cancelled() => Err(NoLine::Slow),
+        }
     }
 
     /// Has it take no more streams.
     pub(super) fn give_up(&self) {
         self.line.health.over.store(true, Ordering::Release);
     }
+}
+
+/// What follows a request.
+#[derive(Clone, Debug)]
+pub(super) enum Rest {
+    /// What is not known yet: it is a tunnel.
+    Open,
+    /// A body, which may be empty.
+    Whole(Bytes),
 }
 
 /// An answer, and what more may be sent.

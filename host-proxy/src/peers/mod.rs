@@ -14,6 +14,7 @@
 //! | `hop` | who asks, as it is written for the next host. Pure |
 //! | `lines` | the connections to a host: HTTP/2, each with many streams |
 //! | `line` | one stream to a host: a question, or a tunnel |
+//! | `work` | what another host is asked of goals and tasks |
 //! | `carry` | bytes of a tunnel whose client is here |
 //! | `asked` | what this host answers to others |
 
@@ -23,6 +24,7 @@ pub mod hop;
 pub mod line;
 mod lines;
 mod tls;
+pub mod work;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -41,6 +43,9 @@ use lines::Lines;
 
 /// Questions to other hosts that are under way at the same time.
 const QUESTIONS_MAX: usize = 64;
+
+/// Watchers of tasks of this host who are at other hosts.
+const WATCHES_MAX: usize = 32;
 
 /// Connections that are being made at the same time, and how long each counts at least: some 3,200 in a second. The monitor
 /// gives a worker up that asks it for more than it should need, and clients choose how many are wanted.
@@ -66,6 +71,8 @@ pub struct Peers {
     /// Where TLS to them is spoken.
     thread: Option<Handle>,
     pub(crate) questions: Semaphore,
+    /// Requests of other hosts that wait for something to happen.
+    pub(crate) watches: Arc<Semaphore>,
     connects: Arc<Semaphore>,
     begin: Instant,
 }
@@ -82,6 +89,7 @@ impl Peers {
             map: Mutex::default(),
             thread: thread.ok(),
             questions: Semaphore::new(QUESTIONS_MAX),
+            watches: Arc::new(Semaphore::new(WATCHES_MAX)),
             connects: Arc::new(Semaphore::new(CONNECTS_MAX)),
             begin: Instant::now(),
         };

@@ -6,7 +6,6 @@
 //! port process on (`connect`). Whoever begins to speak HTTP/2 is served by `http2`.
 
 mod absolute;
-pub mod authority;
 mod bodies;
 pub(crate) mod client;
 mod connect;
@@ -23,6 +22,8 @@ pub mod pool;
 pub mod problem;
 mod upgrade;
 mod who;
+
+pub use adit_reach::authority;
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -188,13 +189,17 @@ async fn answer(
             }
             Err(problem) => Err(who::may_log_in(state, &caller, problem)),
         },
-        Ok(caller) => match asked::answer(state, &caller, &request)
-            .or_else(|| own::answer(&mut request).map(Ok))
-        {
+        Ok(caller) if asked::is_to_host(state, &request) => {
+            visit.caller(&caller);
+            visit.ended();
+            let answer = asked::answer(state, &caller, request).await;
+            answer.map(|answer| (answer, None))
+        }
+        Ok(caller) => match own::answer(&mut request) {
             Some(answer) => {
                 visit.caller(&caller);
                 visit.ended();
-                answer.map(|answer| (answer, None))
+                Ok((answer, None))
             }
             None => {
                 let no_path = notes.has_no_path();

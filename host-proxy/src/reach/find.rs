@@ -18,6 +18,9 @@ use crate::vm::VmEntry;
 /// How long other hosts are waited for.
 const LIMIT: Duration = Duration::from_secs(2);
 
+/// So many names are asked for one by one.
+const FEW: usize = 4;
+
 /// The host that has a VM.
 #[derive(Debug)]
 pub enum Found {
@@ -59,6 +62,37 @@ pub async fn find(state: &Arc<State>, caller: &Caller, to: &Destination) -> Foun
         (vm, claim)
     });
     others(state, caller, to, claim).await
+}
+
+/// Finds many. Of more than some, each other host is asked once for all that it has.
+pub async fn find_all(state: &Arc<State>, caller: &Caller, to: &[Destination]) -> Vec<Found> {
+    if to.len() > FEW && caller.via().is_none() {
+        ask_for_all(state, to).await;
+    }
+    join_all(to.iter().map(|to| find(state, caller, to))).await
+}
+
+async fn ask_for_all(state: &Arc<State>, to: &[Destination]) {
+    let peers = &state.peers;
+    let hosts = peers.all();
+    let hosts = hosts.iter().filter(|host| host.is_asked());
+    join_all(hosts.map(|host| async move {
+        let name = &host.config.name;
+        let now_ms = peers.now_ms();
+        for to in to {
+            peers.map().asked(&to.vm, name, now_ms);
+        }
+        // Whoever does not answer in time says nothing.
+        let Ok(Ok(said)) = timeout(LIMIT, host.claims(state)).await else {
+            return;
+        };
+        let now_ms = peers.now_ms();
+        for to in to {
+            let claim = said.get(&to.vm).cloned();
+            peers.map().heard(&to.vm, name, claim, now_ms);
+        }
+    }))
+    .await;
 }
 
 type Own = Option<(Arc<VmEntry>, Claim<VmId>)>;
@@ -104,13 +138,7 @@ fn may_know(state: &State, caller: &Caller, to: &Destination, own: Option<&VmEnt
     let sees = |vm: VmView<'_>| grants.granted(caller, Verb::See, vm, now_ms).is_ok();
     match own {
         Some(vm) => vm.viewed(sees),
-        None => sees(VmView {
-            name: to.vm.as_str(),
-            allow: &[],
-            allow_vsock: &[],
-            labels: &Default::default(),
-            card: None,
-        }),
+        None => sees(VmView::of_name(to.vm.as_str())),
     }
 }
 

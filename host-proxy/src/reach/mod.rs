@@ -10,11 +10,10 @@
 //! ([`Admitted::hand_over`]) or one of aditd's ([`Admitted::relayed`]). It knows no rule, no list and no control socket.
 //! [`choose`](resolve::choose), [`VmMap`](map::VmMap) and [`decide`](crate::access::Grants::decide) are pure: they read no clock, take no lock and do no IO.
 
-pub mod destination;
 pub mod dial;
 pub mod find;
-pub mod map;
-pub mod resolve;
+
+pub use adit_reach::{destination, map, resolve};
 
 pub use crate::link::ClientSocket;
 pub use destination::{Destination, DestinationError, Suffix};

@@ -117,6 +117,7 @@ impl VmEntry {
                 name: self.name.as_str(),
                 allow: &spec.allow,
                 allow_vsock: &spec.allow_vsock,
+                allow_services: &spec.allow_services,
                 labels: &spec.labels,
                 card,
             })

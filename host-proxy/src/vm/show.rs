@@ -82,6 +82,11 @@ impl VmEntry {
             queued: self.open_tasks(),
             allow: spec.allow.clone(),
             allow_vsock: spec.allow_vsock.clone(),
+            allow_services: spec
+                .allow_services
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             busy_poll_us: spec.busy_poll_us,
             pending: self.pending(),
             port_pid: self.channel.port_pid(),

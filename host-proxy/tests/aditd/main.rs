@@ -47,3 +47,4 @@ mod tls;
 mod trust;
 mod tunnel;
 mod upgrade;
+mod work;

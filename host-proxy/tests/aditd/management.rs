@@ -48,8 +48,24 @@ impl Manager<'_> {
         self.try_asks(method, path, body).unwrap()
     }
 
+    /// The same at a listener that is one of several.
+    pub fn asks_at(&self, address: &str, method: &str, path: &str, body: &str) -> Answer {
+        let client = TcpStream::connect(address).unwrap();
+        client.set_read_timeout(Some(HANG)).unwrap();
+        self.asks_by(client, method, path, body).unwrap()
+    }
+
     pub fn try_asks(&self, method: &str, path: &str, body: &str) -> std::io::Result<Answer> {
-        let mut client = self.connect();
+        self.asks_by(self.connect(), method, path, body)
+    }
+
+    fn asks_by(
+        &self,
+        mut client: TcpStream,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> std::io::Result<Answer> {
         let shown = match self.token.as_str() {
             "" => String::new(),
             token => format!("Authorization: Bearer {token}\r\n"),
@@ -76,7 +92,7 @@ impl Manager<'_> {
 }
 
 /// A body with a goal of one step for these VMs.
-fn goal(n: u64, vms: &[&str]) -> String {
+pub fn goal(n: u64, vms: &[&str]) -> String {
     let payload = json!({
         "goal_id": goal_id(n), "key_seq": n + 1, "audience": {"vms": vms}, "not_before": "2020-01-01T00:00:00Z",
         "not_after": LATER, "min_planner": 1,

@@ -15,10 +15,10 @@ use crate::tls::{Pair, expired, own};
 pub struct Member {
     pub host: Host,
     pub ports: Vec<Port>,
-    name: &'static str,
+    pub name: &'static str,
     key: Pair,
     /// Its certificate.
-    dir: tempfile::TempDir,
+    pub dir: tempfile::TempDir,
 }
 
 impl Member {
@@ -27,7 +27,7 @@ impl Member {
         Self::with(name, vms, more, |_| {})
     }
 
-    fn with(
+    pub fn with(
         name: &'static str,
         vms: &[(&str, u64)],
         more: &str,
@@ -88,7 +88,7 @@ impl Member {
     }
 
     /// A client whose user is known.
-    fn user(&self) -> UnixStream {
+    pub fn user(&self) -> UnixStream {
         let client = UnixStream::connect(self.dir.path().join("proxy.sock")).unwrap();
         client.set_read_timeout(Some(HANG)).unwrap();
         client
@@ -101,7 +101,7 @@ impl Member {
         )
     }
 
-    fn user_get(&self, name: &str) -> Answer {
+    pub fn user_get(&self, name: &str) -> Answer {
         asked(
             self.user(),
             &format!("GET http://{name}/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
@@ -109,7 +109,7 @@ impl Member {
     }
 }
 
-fn two(
+pub fn two(
     vms_of_alpha: &[(&str, u64)],
     vms_of_beta: &[(&str, u64)],
     grants: &str,

@@ -115,3 +115,59 @@ fn every_refusal_of_a_port_process_and_its_guest_is_an_answer() {
         assert!(!line.contains(char::is_control), "{line:?}");
     }
 }
+
+#[test]
+fn a_service_that_the_guest_names_is_reached_where_grant_and_vm_allow_it_in_every_spelling() {
+    let grants =
+        "[[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach:80,svc:docker\", \"see\"]\n";
+    let (host, ports) = Host::serving(&[("a", 3)], grants);
+    let control = ports[0].connected();
+    let denied = connect(&host, "docker.a.svc:1");
+    assert_eq!(denied.status, 403, "{}", denied.body);
+    assert!(denied.body.contains("`allow_services`"), "{}", denied.body);
+    let status = host.reload(|text| text + "allow_services = [\"docker\", \"other\"]\n");
+    assert_eq!(status["error"], serde_json::Value::Null, "{status}");
+    assert_eq!(host.get("/v1/vms/a")["allow_services"][0], "docker");
+    let asked = |head: String| {
+        let mut client = host.proxy();
+        client.write_all(head.as_bytes()).unwrap();
+        let dial = control.dial();
+        control.say(
+            &Message::DialFailed(DialFailed {
+                id: dial.id,
+                error: DialError::HelloRefused,
+                status: 2,
+                errno: 0,
+                text: "this agent serves tcp:PORT, ping, blob".into(),
+            }),
+            None,
+        );
+        let mut said = Vec::new();
+        client.read_to_end(&mut said).unwrap();
+        (format!("{:?}", dial.to), Answer::parse(&said).unwrap())
+    };
+    for head in [
+        "CONNECT docker.a.svc:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        "CONNECT Docker.A.svc.adit:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+        "GET http://docker.a.svc/containers HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: docker.a.svc\r\nConnection: close\r\n\r\n",
+    ] {
+        let (to, answer) = asked(head.into());
+        assert!(to.contains("svc:docker"), "{to}");
+        // An agent of before says that it has no such service.
+        assert_eq!(answer.status, 403, "{}", answer.body);
+        assert!(
+            answer.body.contains("service `svc:docker`")
+                && answer.body.contains("this agent serves"),
+            "{}",
+            answer.body
+        );
+    }
+    let denied = connect(&host, "other.a.svc:1");
+    assert!(
+        denied.status == 403 && denied.body.contains("no grant"),
+        "{}",
+        denied.body
+    );
+    assert_eq!(connect(&host, "docker.nobody.svc:1").status, 404);
+}

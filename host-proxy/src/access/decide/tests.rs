@@ -52,6 +52,7 @@ impl Vm {
             name: self.name,
             allow: &self.allow,
             allow_vsock: &[5000],
+            allow_services: &[],
             labels: &self.labels,
             card: Some(&self.card),
         }
@@ -173,6 +174,11 @@ fn a_vms_own_lists_hold_for_everybody_and_each_for_its_kind_of_port() {
             reason(&Target::VsockPort(u32::MAX)),
             not(u32::MAX, "allow_vsock")
         );
+        let docker = Target::Service(ServiceName::named("docker").unwrap());
+        let not_named = Reason::NotNamed {
+            service: "docker".into(),
+        };
+        assert_eq!(reason(&docker), Some(not_named));
         let service = "ping".to_owned();
         assert_eq!(
             reason(&Target::Service("ping".parse().unwrap())),

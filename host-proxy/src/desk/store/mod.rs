@@ -369,6 +369,7 @@ fn row_to_task(r: &Row<'_>) -> rusqlite::Result<Task> {
         task_id: hex(&r.get::<_, TaskId>(0)?),
         goal_id: r.get(1)?,
         vm: r.get(2)?,
+        host: None,
         step: r.get(3)?,
         attempt: r.get(4)?,
         state,

@@ -138,7 +138,7 @@ impl Respond {
 
 /// Why an answer was not given.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Untaken {
+pub(crate) enum Untaken {
     /// The stream is over.
     #[error("{0}")]
     Over(#[from] h2::Error),
@@ -152,7 +152,7 @@ pub(super) enum Untaken {
 
 /// Sends bytes as the client has room for them; `is_last`: and ends the stream. Whether a client that takes nothing for
 /// [`TAKE_LIMIT`] is given up, `gives_up` says.
-pub(super) async fn give(
+pub(crate) async fn give(
     stream: &mut SendStream<Bytes>,
     mut data: Bytes,
     is_last: bool,

@@ -18,7 +18,7 @@
 //!   [`HEADER_LIMIT`].
 //! - A flood ends with GOAWAY ([`calm`]).
 
-pub(in crate::proxy) mod answer;
+pub(crate) mod answer;
 mod body;
 mod calm;
 mod head;
@@ -36,6 +36,7 @@ use adit_names::VmId;
 use bytes::{Bytes, BytesMut};
 use h2::server::{Connection, SendResponse};
 use h2::{Reason, RecvStream};
+use http_body_util::Empty;
 use hyper::header::{CONTENT_LENGTH, EXPECT, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::Notify;
@@ -350,11 +351,17 @@ async fn answer(
         let opened = open(state, &caller, &request, visit).await;
         return Ok(Answer::Tunnel(body, opened.map_err(denied)?));
     }
-    let asked = asked::answer(state, &caller, &request);
-    if let Some(answer) = asked.or_else(|| own::answer(&mut request).map(Ok)) {
+    let own = match asked::is_to_host(state, &request) {
+        // Hosts speak HTTP/1.1 to each other: nobody else gives anything to one.
+        true => {
+            let empty = request.clone().map(|()| Empty::new());
+            Some(asked::answer(state, &caller, empty).await?)
+        }
+        false => own::answer(&mut request),
+    };
+    if let Some(answer) = own {
         visit.caller(&caller);
         visit.ended();
-        let answer = answer?;
         visit.answered(answer.status().as_u16(), "");
         return Ok(Answer::Response(answer));
     }

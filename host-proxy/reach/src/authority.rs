@@ -1,9 +1,8 @@
-//! What an authority names: `HOST[:PORT]`, with the host's names as [`reach`](crate::reach::destination) has them.
+//! What an authority names: `HOST[:PORT]`, with the host's names as [`destination`](super::destination) has them.
 //!
 //! A port has one spelling: no sign, no leading zero, no space. There is no user.
 
-use crate::reach::destination::{Suffix, canonical, shown};
-use crate::reach::{Destination, DestinationError};
+use super::destination::{Destination, DestinationError, Suffix, canonical, shown};
 
 /// Parses an authority; without a port the default is taken, if there is one.
 ///

@@ -135,8 +135,7 @@ impl Destination {
                 (rest, Target::VsockPort(canonical(number).ok_or_else(bad)?))
             }
             Some((first, rest)) if is_of_svc(rest) => {
-                let service = format!("{SVC}:{first}").parse::<ServiceName>().ok();
-                let service = service.filter(|_| is_label(first));
+                let service = ServiceName::named(first);
                 let bad = || {
                     bad_name(
                         first,
@@ -165,6 +164,15 @@ impl Destination {
         Self { vm, host, target }
     }
 
+    /// The same on a certain host.
+    #[must_use]
+    pub fn at(&self, host: &VmId) -> Self {
+        Self {
+            host: Some(host.clone()),
+            ..self.clone()
+        }
+    }
+
     /// Name of the VM with that of its host, where there is one.
     pub fn name(&self) -> String {
         match &self.host {
@@ -178,7 +186,7 @@ impl Destination {
         let name = self.name();
         match &self.target {
             Target::VsockPort(port) => format!("{VSOCK}{port}.{name}:1"),
-            Target::Service(service) => match (service.tcp_port(), service_label(service)) {
+            Target::Service(service) => match (service.tcp_port(), service.name()) {
                 (Some(port), _) => format!("{name}:{port}"),
                 (None, Some(label)) => format!("{label}.{name}.{SVC}:1"),
                 // Of the agent, and nothing that a client can name.
@@ -191,11 +199,6 @@ impl Destination {
 /// Whether what follows a first label is `VM.svc` or `VM.HOST.svc`.
 fn is_of_svc(rest: &str) -> bool {
     rest.rsplit_once('.').is_some_and(|(_, last)| last == SVC)
-}
-
-/// A service's name as its guest has it, if it is one of those.
-pub fn service_label(service: &ServiceName) -> Option<&str> {
-    service.as_str().strip_prefix("svc:")
 }
 
 fn bad_name(name: &str, why: impl fmt::Display) -> DestinationError {

@@ -144,6 +144,17 @@ impl VmMap {
         counts.filter_map(|said| said.claim.clone()).collect()
     }
 
+    /// Hosts of which nothing counts that they said of a VM.
+    pub fn unheard(&self, vm: &VmId, now_ms: u64) -> Vec<VmId> {
+        let known = self.names.get(vm);
+        let counts = |host: &&VmId| {
+            let said = known.and_then(|known| known.of.get(host));
+            said.is_some_and(|said| said.has_spoken && now_ms.saturating_sub(said.at_ms) < OLD_MS)
+        };
+        let hosts = self.hosts.iter().filter(|host| !counts(host));
+        hosts.cloned().collect()
+    }
+
     fn entry(&mut self, vm: &VmId, host: &VmId, now_ms: u64) -> &mut Said {
         if self.names.len() >= NAMES_MAX && !self.names.contains_key(vm) {
             // In pieces, so that a flood of names does not look at all of them each time.
@@ -277,6 +288,16 @@ mod tests {
         assert!(map.claims(&vm, 2).is_empty());
         let look = map.look(&vm, None, Some(&name("beta")), 2);
         assert_eq!((look.place, look.ask), (Some(Place::Unknown), vec![]));
+    }
+
+    #[test]
+    fn who_has_said_nothing_of_a_vm_is_known() {
+        let (mut map, vm) = (map(), name("web-9"));
+        assert_eq!(map.unheard(&vm, 0), [name("beta"), name("gamma")]);
+        map.asked(&vm, &name("beta"), 0);
+        map.heard(&vm, &name("gamma"), None, 0);
+        assert_eq!(map.unheard(&vm, 1), [name("beta")]);
+        assert_eq!(map.unheard(&vm, OLD_MS), [name("beta"), name("gamma")]);
     }
 
     #[test]
