@@ -45,7 +45,7 @@ pub enum AccessCommand {
 
 #[derive(Args)]
 pub struct Check {
-    /// Who asks: user:NAME, group:NAME, token:NAME, cert:NAME, anyone or owner
+    /// Who asks: user:NAME, group:NAME, token:NAME, cert:NAME, network:NAME, anyone or owner
     #[arg(long, value_name = "CALLER")]
     r#as: String,
     /// For what

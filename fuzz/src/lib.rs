@@ -22,6 +22,7 @@
 //! | `authority` | a client's name of a VM and a port | one spelling, in every case |
 //! | `socks5` | a SOCKS5 client's | itself in other pieces; a second reader of what it asks for |
 //! | `client_hello_sni` | a TLS client's first message | a part of itself |
+//! | `dns_query` | a DNS client's | a second reader of header and question; a bound on the answer |
 //! | `grants` | an operator's grants, and a caller's names | one spelling; a second reader of the decision |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
@@ -40,6 +41,7 @@ mod authority;
 mod card;
 mod client_hello_sni;
 mod descriptor_chain;
+mod dns_query;
 mod engine_ops;
 mod grants;
 mod http_head;
@@ -66,7 +68,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 21] = [
+pub const TARGETS: [(&str, Target); 22] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -87,6 +89,7 @@ pub const TARGETS: [(&str, Target); 21] = [
     ("authority", authority::run),
     ("socks5", socks5::run),
     ("client_hello_sni", client_hello_sni::run),
+    ("dns_query", dns_query::run),
     ("grants", grants::run),
 ];
 

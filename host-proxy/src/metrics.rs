@@ -111,6 +111,12 @@ const TURNED: Metric = Metric {
     help: "Connections that were turned away: few descriptors left (descriptors), the client has its share (client-share), or it \
            was silent when another needed its place (silent)",
 };
+const ANSWERS: Metric = Metric {
+    name: "adit_dns_answers_total",
+    labels: &["listener", "answer"],
+    help: "Questions that a listener for DNS was asked, by what became of them: found, no-data, no-name, failed, refused, malformed, \
+           not-implemented, or over the rate of their address: truncated, dropped",
+};
 const CONFIG: Metric = Metric {
     name: "adit_config_last_reload_successful",
     labels: &[],
@@ -120,7 +126,7 @@ const CONFIG: Metric = Metric {
 /// All metrics.
 pub const METRICS: &[Metric] = &[
     REQUESTS, TASKS, READY, STREAMS, FAULT, DIALS, DIAL_TIME, FIRST_BYTE, QUEUED, CLOCK, CARD,
-    ACCEPTED, OPEN, OPEN_MAX, TURNED, CONFIG,
+    ACCEPTED, OPEN, OPEN_MAX, TURNED, ANSWERS, CONFIG,
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -303,7 +309,8 @@ mod tests {
     #[test]
     fn every_metric_is_described_once_with_the_labels_that_it_has() {
         let (vms, metrics) = with_a_vm();
-        let _listener = metrics.listener("proxy", 1);
+        let listener = metrics.listener("dns", 1);
+        listener.answers();
         metrics.request(true, 200);
         metrics.task_ended("done");
         let vm = vms.get(&"web-1".parse().unwrap()).unwrap();

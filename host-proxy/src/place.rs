@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
@@ -16,11 +16,13 @@ use nix::sys::socket::{getsockname, getsockopt, setsockopt};
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 
-use crate::config::{Address, Config};
+use crate::config::{Address, Config, ListenConfig, Speak};
 use crate::no_passing;
 
 /// Connections that may wait, also for the next worker.
 const BACKLOG: i32 = 1024;
+/// How many free ports of TCP are tried until one is free for UDP as well.
+const ANY_PORT_TRIES: usize = 64;
 
 /// Makes the run directory and the directory of the database.
 ///
@@ -93,36 +95,46 @@ pub enum Bound {
     Tcp(TcpListener),
     /// A path.
     Unix(UnixListener),
-}
-
-impl AsFd for Bound {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(tcp) => tcp.as_fd(),
-            Self::Unix(unix) => unix.as_fd(),
-        }
-    }
+    /// An IP address, of which connections and datagrams are taken.
+    Both(TcpListener, UdpSocket),
 }
 
 impl Bound {
     /// Its IP address and port, if it has one.
     pub fn tcp(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(tcp) => tcp.local_addr().ok(),
+            Self::Tcp(tcp) | Self::Both(tcp, _) => tcp.local_addr().ok(),
             Self::Unix(_) => None,
         }
     }
 
-    /// Takes a listener over that was bound to this address.
-    fn of(address: &Address, fd: OwnedFd) -> Self {
-        match address {
-            Address::Tcp(_) => Self::Tcp(fd.into()),
-            Address::Unix(_) => Self::Unix(fd.into()),
-        }
+    /// Takes a listener over that was bound to this address. None: a descriptor is missing.
+    fn of(front: &ListenConfig, fds: &mut impl Iterator<Item = OwnedFd>) -> Option<Self> {
+        let fd = fds.next()?;
+        Some(match (&front.address, front.speak) {
+            (Address::Tcp(_), Speak::Dns) => Self::Both(fd.into(), fds.next()?.into()),
+            (Address::Tcp(_), _) => Self::Tcp(fd.into()),
+            (Address::Unix(_), _) => Self::Unix(fd.into()),
+        })
     }
 
-    fn bind(address: &Address, device: Option<&str>, section: &str) -> anyhow::Result<Self> {
-        Ok(match address {
+    /// Its descriptors.
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let (first, second) = match self {
+            Self::Tcp(tcp) => (tcp.as_fd(), None),
+            Self::Unix(unix) => (unix.as_fd(), None),
+            Self::Both(tcp, udp) => (tcp.as_fd(), Some(udp.as_fd())),
+        };
+        [first].into_iter().chain(second)
+    }
+
+    fn bind(front: &ListenConfig, section: &str) -> anyhow::Result<Self> {
+        let device = front.device.as_deref();
+        Ok(match &front.address {
+            Address::Tcp(at) if front.speak == Speak::Dns => {
+                let (tcp, udp) = bind_both(*at, device, section)?;
+                Self::Both(tcp, udp)
+            }
             Address::Tcp(at) => Self::Tcp(bind(*at, device, section)?),
             Address::Unix(path) => {
                 // It may be in anybody's directory, and another aditd's.
@@ -137,9 +149,15 @@ impl Bound {
         })
     }
 
-    fn is_at(&self, address: &Address, device: Option<&str>) -> bool {
-        match (self, address) {
-            (Self::Tcp(tcp), Address::Tcp(at)) => is_at(tcp, *at) && is_by(tcp, device),
+    fn is_of(&self, front: &ListenConfig) -> bool {
+        let device = front.device.as_deref();
+        let is_dns = front.speak == Speak::Dns;
+        match (self, &front.address) {
+            (Self::Tcp(tcp), Address::Tcp(at)) => !is_dns && is_at(tcp, *at) && is_by(tcp, device),
+            (Self::Both(tcp, udp), Address::Tcp(at)) => {
+                let of_tcp = is_at(tcp, *at) && is_by(tcp, device);
+                is_dns && of_tcp && takes_datagrams(udp, tcp) && is_by(udp, device)
+            }
             (Self::Unix(unix), Address::Unix(path)) => is_at_path(unix, path),
             _ => false,
         }
@@ -149,13 +167,16 @@ impl Bound {
         match self {
             Self::Tcp(tcp) => tcp.set_nonblocking(true),
             Self::Unix(unix) => unix.set_nonblocking(true),
+            Self::Both(tcp, udp) => tcp
+                .set_nonblocking(true)
+                .and_then(|()| udp.set_nonblocking(true)),
         }
     }
 
     /// Where it is, as clients write it.
     pub fn address(&self) -> String {
         match self {
-            Self::Tcp(tcp) => tcp.local_addr().map(|at| at.to_string()),
+            Self::Tcp(tcp) | Self::Both(tcp, _) => tcp.local_addr().map(|at| at.to_string()),
             Self::Unix(unix) => unix.local_addr().map(|at| {
                 let path = at.as_pathname().unwrap_or(Path::new(""));
                 format!("unix:{}", path.display())
@@ -174,7 +195,7 @@ impl Listeners {
         let metrics = config.metrics.as_ref();
         let fronts = config.fronts().into_iter().enumerate().map(|(nth, front)| {
             let section = if nth == 0 { "[proxy]" } else { "[[listen]]" };
-            Bound::bind(&front.address, front.device.as_deref(), section)
+            Bound::bind(&front, section)
         });
         let listeners = Self {
             fronts: fronts.collect::<anyhow::Result<_>>()?,
@@ -194,7 +215,8 @@ impl Listeners {
     pub fn of(config: &Config, fds: Vec<OwnedFd>) -> std::io::Result<Self> {
         let fronts = config.fronts();
         let metrics = config.metrics.is_some();
-        if fds.len() != 1 + usize::from(metrics) + fronts.len() {
+        let of_dns = fronts.iter().filter(|front| front.speak == Speak::Dns);
+        if fds.len() != 1 + usize::from(metrics) + fronts.len() + of_dns.count() {
             return Err(std::io::ErrorKind::InvalidInput.into());
         }
         let mut fds = fds.into_iter();
@@ -202,14 +224,12 @@ impl Listeners {
             return Err(std::io::ErrorKind::InvalidInput.into());
         };
         let metrics = metrics.then(|| fds.next()).flatten();
+        let fronts = fronts.iter().map(|front| Bound::of(front, &mut fds));
+        let fronts = fronts.collect::<Option<_>>();
         let listeners = Self {
             api: api.into(),
             metrics: metrics.map(TcpListener::from),
-            fronts: fronts
-                .iter()
-                .zip(fds)
-                .map(|(front, fd)| Bound::of(&front.address, fd))
-                .collect(),
+            fronts: fronts.ok_or(std::io::ErrorKind::InvalidInput)?,
         };
         listeners.nonblocking()?;
         Ok(listeners)
@@ -218,7 +238,7 @@ impl Listeners {
     /// All of them: operator's socket, metrics, those of VMs.
     pub fn all(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let metrics = self.metrics.as_ref().map(AsFd::as_fd);
-        let fronts = self.fronts.iter().map(AsFd::as_fd);
+        let fronts = self.fronts.iter().flat_map(Bound::fds);
         [self.api.as_fd()].into_iter().chain(metrics).chain(fronts)
     }
 
@@ -231,8 +251,8 @@ impl Listeners {
         };
         let fronts = config.fronts();
         let mut pairs = self.fronts.iter().zip(&fronts);
-        let fronts = self.fronts.len() == fronts.len()
-            && pairs.all(|(bound, front)| bound.is_at(&front.address, front.device.as_deref()));
+        let fronts =
+            self.fronts.len() == fronts.len() && pairs.all(|(bound, front)| bound.is_of(front));
         metrics && fronts && is_at_path(&self.api, &config.api_socket())
     }
 
@@ -277,12 +297,19 @@ fn is_at(listener: &TcpListener, at: SocketAddr) -> bool {
 }
 
 /// Whether it serves whoever comes in by this device; none: by any.
-fn is_by(listener: &TcpListener, device: Option<&str>) -> bool {
+fn is_by(listener: &impl AsFd, device: Option<&str>) -> bool {
     let by = getsockopt(listener, BindToDevice);
     // A name has a zero at its end, and none has no name.
     by.is_ok_and(|by| {
         by.as_encoded_bytes().split(|b| *b == 0).next() == Some(device.unwrap_or("").as_bytes())
     })
+}
+
+/// Whether it takes datagrams from everybody, at the address of the listener.
+fn takes_datagrams(udp: &UdpSocket, listener: &TcpListener) -> bool {
+    let is_udp = sockopt::socket_type(udp).is_ok_and(|of| of == SocketType::DGRAM);
+    let at = listener.local_addr().ok();
+    is_udp && at.is_some() && udp.local_addr().ok() == at && udp.peer_addr().is_err()
 }
 
 fn is_at_path(listener: &UnixListener, path: &Path) -> bool {
@@ -319,19 +346,69 @@ fn bind(address: SocketAddr, device: Option<&str>, section: &str) -> anyhow::Res
     })
 }
 
+/// Binds one port for connections and datagrams. Where any will do, the first that is free for both.
+fn bind_both(
+    address: SocketAddr,
+    device: Option<&str>,
+    section: &str,
+) -> anyhow::Result<(TcpListener, UdpSocket)> {
+    let mut tries = if address.port() == 0 {
+        ANY_PORT_TRIES
+    } else {
+        1
+    };
+    loop {
+        tries -= 1;
+        let tcp = bind(address, device, section)?;
+        match bind_datagrams(device, tcp.local_addr()?) {
+            Ok(udp) => return Ok((tcp, udp)),
+            Err(_) if tries > 0 => {}
+            Err(e) => {
+                let e = anyhow::Error::from(e);
+                return Err(e.context(format!(
+                    "cannot take datagrams at {address}: another DNS server may be there; choose another address in {section} \
+                     (port 0 = any)"
+                )));
+            }
+        }
+    }
+}
+
+fn bind_datagrams(device: Option<&str>, address: SocketAddr) -> std::io::Result<UdpSocket> {
+    let socket = socket_with(
+        family(address),
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    if let Some(device) = device {
+        setsockopt(&socket, BindToDevice, &device.into())?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    Ok(socket.into())
+}
+
 /// As [`TcpListener::bind`], by a device from the beginning: nobody comes in by another one meanwhile. A socket that is bound to no device
 /// yet may be bound by anybody since Linux 5.7.
 fn bind_by(device: &str, address: SocketAddr) -> std::io::Result<TcpListener> {
-    let family = match address {
-        SocketAddr::V4(_) => AddressFamily::INET,
-        SocketAddr::V6(_) => AddressFamily::INET6,
-    };
-    let listener = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let listener = socket_with(
+        family(address),
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     sockopt::set_socket_reuseaddr(&listener, true)?;
     setsockopt(&listener, BindToDevice, &device.into())?;
     rustix::net::bind(&listener, &address)?;
     rustix::net::listen(&listener, BACKLOG)?;
     Ok(listener.into())
+}
+
+fn family(address: SocketAddr) -> AddressFamily {
+    match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    }
 }
 
 fn bind_unix(path: &Path, mode: u32) -> anyhow::Result<UnixListener> {
@@ -389,20 +466,25 @@ mod tests {
     fn a_listener_of_another_process_is_not_taken_away_and_a_stale_one_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("proxy.sock");
-        let address = Address::Unix(path.clone());
+        let at = |path: &Path| {
+            let text = format!("[[listen]]\naddress = \"unix:{}\"\n", path.display());
+            let config = Config::parse(Path::new("a.toml"), &text).unwrap();
+            config.listen[0].clone()
+        };
+        let front = at(&path);
         let other = UnixListener::bind(&path).unwrap();
-        let refused = Bound::bind(&address, None, "[[listen]]").unwrap_err();
+        let refused = Bound::bind(&front, "[[listen]]").unwrap_err();
         assert!(matches!(
             refused.downcast_ref(),
             Some(SocketPathError::InUse(_))
         ));
         std::os::unix::net::UnixStream::connect(&path).unwrap();
         drop(other);
-        Bound::bind(&address, None, "[[listen]]").unwrap();
+        Bound::bind(&front, "[[listen]]").unwrap();
         // A link is nobody's socket.
         let link = dir.path().join("link");
         std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
-        assert!(Bound::bind(&Address::Unix(link.clone()), None, "[[listen]]").is_err());
+        assert!(Bound::bind(&at(&link), "[[listen]]").is_err());
         assert!(link.is_symlink());
     }
 
@@ -443,5 +525,36 @@ mod tests {
         assert!(!passed(&[api, metrics, &client, unix]), "no listener");
         let file = File::open("/dev/null").unwrap();
         assert!(!passed(&[api, metrics, &file, unix]), "no socket");
+    }
+
+    #[test]
+    fn a_listener_for_dns_has_one_port_for_both_and_is_taken_over_with_both() {
+        let text = "[[listen]]\naddress = \"127.0.0.1:0\"\nspeak = \"dns\"\n";
+        let config = Config::parse(Path::new("a.toml"), text).unwrap();
+        let front = &config.listen[0];
+        let bound = Bound::bind(front, "[[listen]]").unwrap();
+        let Bound::Both(tcp, udp) = &bound else {
+            panic!("{bound:?}")
+        };
+        assert_eq!(tcp.local_addr().unwrap(), udp.local_addr().unwrap());
+        let again = |fds: &[&dyn AsFd]| {
+            let fds = fds.iter().map(|fd| fd.as_fd().try_clone_to_owned());
+            let mut fds = fds.map(Result::unwrap);
+            Bound::of(front, &mut fds).is_some_and(|bound| bound.is_of(front))
+        };
+        assert!(again(&[tcp, udp]));
+        assert!(!again(&[tcp]), "one is missing");
+        assert!(!again(&[udp, tcp]) && !again(&[tcp, tcp]), "another kind");
+        let other = UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(!again(&[tcp, &other]), "another port");
+        let theirs = other.local_addr().unwrap();
+        let taken = config.listen[0].clone();
+        let taken = ListenConfig {
+            address: Address::Tcp(theirs),
+            ..taken
+        };
+        assert!(Bound::bind(&taken, "[[listen]]").is_err());
+        udp.connect(theirs).unwrap();
+        assert!(!again(&[tcp, udp]), "from one client alone");
     }
 }

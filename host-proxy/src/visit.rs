@@ -334,6 +334,11 @@ impl Visit {
         (said.vm, said.target) = (to.vm.to_string(), to.what());
     }
 
+    /// About which VM, where nothing in it is meant.
+    pub fn about(&self, vm: &VmId) {
+        self.said().vm = vm.to_string();
+    }
+
     /// It is allowed, by this grant.
     pub fn allowed(&self, by: Option<&str>) {
         self.said().grant = shown(by.unwrap_or("owner"));

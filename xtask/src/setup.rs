@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use crate::progress;
 
 /// Programs that are needed, by name or path, and their packages.
-const PROGRAMS: [(&str, &str); 30] = [
+const PROGRAMS: [(&str, &str); 31] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -40,6 +40,7 @@ const PROGRAMS: [(&str, &str); 30] = [
     ("/usr/bin/git", "git"),
     ("rsync", "rsync"),
     ("wget", "wget"),
+    ("dig", "bind9-dnsutils"),
     (
         "/usr/lib/python3/dist-packages/requests",
         "python3-requests",

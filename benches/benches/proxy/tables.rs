@@ -10,14 +10,19 @@ use adit_benches::report::{Better, Figure};
 use adit_host_proxy::access::caller::Person;
 use adit_host_proxy::access::{Access, Caller, Grants, Verb, VmView};
 use adit_host_proxy::config::Config;
-use adit_names::ServiceName;
+use adit_names::{ServiceName, VmId};
 use adit_port::control::Target;
-use anyhow::ensure;
+use adit_reach::map::VmMap;
+use adit_reach::resolve::Place;
+use adit_reach::rows;
+use anyhow::{Context, ensure};
 
 use crate::Options;
 
 const GRANTS: usize = 1000;
 const CALLS: usize = 20_000;
+const VMS: usize = 100_000;
+const HOSTS: usize = 100;
 
 /// Decisions with many grants.
 pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
@@ -38,7 +43,55 @@ pub fn figures(options: &Options) -> anyhow::Result<Vec<Figure>> {
         let figure = Figure::alone(title, "us", Better::Lower, &took);
         out.push(figure.goal(2.0, 0.5));
     }
+    let (mut looks, mut kept, mut reloads) = (Vec::new(), Vec::new(), Vec::new());
+    let text: String = (0..VMS)
+        .map(|n| format!("web-{n} host-{}\n", n % HOSTS))
+        .collect();
+    for _ in 0..options.rounds {
+        let (look, bytes, reload) = mapped(&text)?;
+        looks.push(look);
+        kept.push(bytes);
+        reloads.push(reload);
+    }
+    for (title, unit, figures, must) in [
+        ("map of 100,000 VMs: lookup", "us", looks, 1.0),
+        ("map of 100,000 VMs: memory of each", "B", kept, 400.0),
+        ("map of 100,000 VMs: read anew", "s", reloads, 2.0),
+    ] {
+        let figure = Figure::alone(title, unit, Better::Lower, &figures);
+        out.push(figure.goal(must, must));
+    }
     Ok(out)
+}
+
+/// Microseconds of a lookup, bytes of a VM, and seconds until the file of a map is read.
+fn mapped(text: &str) -> anyhow::Result<(f64, f64, f64)> {
+    let name = |text: &str| -> anyhow::Result<VmId> { Ok(text.parse()?) };
+    let before = resident()?;
+    let begin = Instant::now();
+    let mut map = VmMap::default();
+    let hosts = (0..HOSTS).map(|n| name(&format!("host-{n}")));
+    map.set_hosts(hosts.collect::<anyhow::Result<_>>()?);
+    map.set_rows(rows::parse(text, |_, _| Ok(()))?);
+    let reload = begin.elapsed().as_secs_f64();
+    let kept = resident()?.saturating_sub(before);
+    let asked: Vec<VmId> = (0..CALLS)
+        .map(|n| name(&format!("web-{}", n * 7919 % VMS)))
+        .collect::<anyhow::Result<_>>()?;
+    let begin = Instant::now();
+    for vm in &asked {
+        let found = map.look(black_box(vm), None, None, 0);
+        ensure!(matches!(found.place, Some(Place::At(_))), "it has a row");
+    }
+    let look = begin.elapsed().as_secs_f64() * 1e6 / CALLS as f64;
+    Ok((look, kept as f64 / VMS as f64, reload))
+}
+
+/// Bytes of this process that are in memory.
+fn resident() -> anyhow::Result<usize> {
+    let statm = std::fs::read_to_string("/proc/self/statm")?;
+    let pages = statm.split_whitespace().nth(1).context("statm")?;
+    Ok(pages.parse::<usize>()? * 4096)
 }
 
 fn grants(to: &str) -> anyhow::Result<Grants> {

@@ -32,7 +32,7 @@
 //! | `PUT /v1/blobs/{sha256}?size=N&from=M` | the next bytes (at most [`PIECE_MAX`]) of a file of N bytes → `Blob`; where `from` is not what is here, nothing is written, and the answer says where to go on; 413, 422 for another digest (all of it is to come again), 507 |
 //! | `POST /v1/vms/{name}/blobs/{sha256}` | has it sent to the guest → `Transfer`: how far it is. To be asked again until it is `kept`; why it failed is said once, as an error |
 //! | `POST /v1/vms/{name}/agent` | `AgentOrder` → `AgentAnswer`, once the guest has the program on its disk: it was sent before. 422 with the guest's own word (`agent-below-floor`, …) where it refuses |
-//! | `GET /v1/access?as=CALLER&verb=VERB&vm=NAME&target=TARGET` | → `AccessDecision`: what the proxy would decide. CALLER is `user:NAME`, `group:NAME`, `token:NAME`, `anyone` or `owner`; of a user its groups count |
+//! | `GET /v1/access?as=CALLER&verb=VERB&vm=NAME&target=TARGET` | → `AccessDecision`: what the proxy would decide. CALLER is `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME`, `network:NAME`, `anyone` or `owner`; of a user its groups count |
 //! | `GET /v1/resolve/{name}` | `VM` or `VM.HOST` → `Resolution`: the host that has it, and what each claims. Other hosts are asked |
 //! | `GET /v1/resolve` | → `AllVms`: those of all hosts |
 //! | `GET /v1/hosts` | → `Vec<HostShown>`: where clients reach the proxies of this host and of those that it knows |

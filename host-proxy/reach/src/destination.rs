@@ -78,6 +78,11 @@ impl Suffix {
         host.as_str() == SVC || self.0.strip_prefix('.') == Some(host.as_str())
     }
 
+    /// Its labels.
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
+        self.0.trim_start_matches('.').split('.')
+    }
+
     /// The host that a name is, and nothing else: itself, not a VM of it.
     pub fn host(&self, name: &str) -> Option<VmId> {
         self.taken_from(name).parse().ok()

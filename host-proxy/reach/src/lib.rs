@@ -6,6 +6,7 @@
 //! | [`authority`] | how HTTP spells a destination |
 //! | [`socks5`] | SOCKS5, without its socket |
 //! | [`map`] | what hosts say of where VMs are, for as long as it counts |
+//! | [`rows`] | a file that says which host has a VM |
 //! | [`resolve`] | which of several hosts has a VM |
 //!
 //! All of it is pure: no clock, no lock, no IO.
@@ -15,6 +16,7 @@ pub mod authority;
 pub mod destination;
 pub mod map;
 pub mod resolve;
+pub mod rows;
 pub mod socks5;
 
 pub use destination::{Destination, DestinationError, Suffix};

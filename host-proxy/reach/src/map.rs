@@ -7,6 +7,8 @@
 //!            └─ Ask(hosts)                   these are to be asked first, then look again
 //!  heard(vm, host, claim | none) · forget(vm, host)
 //! ```
+//! A VM that has a row in a file is where that says, and nobody is asked for it.
+//!
 //! A host that does not answer is no host that says no: what it said last counts until [`OLD_MS`], and then it says nothing. What is
 //! kept is bounded ([`NAMES_MAX`]); the oldest makes room.
 
@@ -15,6 +17,7 @@ use std::collections::{BTreeMap, HashMap};
 use adit_names::VmId;
 
 use super::resolve::{Claim, Place, choose};
+use super::rows::Rows;
 
 /// How long an answer counts without another question.
 pub const FRESH_MS: u64 = 5_000;
@@ -29,6 +32,7 @@ pub const NAMES_MAX: usize = 8_192;
 #[derive(Debug, Default)]
 pub struct VmMap {
     hosts: Vec<VmId>,
+    rows: Rows,
     names: HashMap<VmId, Known>,
 }
 
@@ -65,6 +69,20 @@ impl VmMap {
         self.names.clear();
     }
 
+    /// VMs that are at these hosts, which are not asked for them.
+    pub fn set_rows(&mut self, rows: Rows) {
+        self.rows = rows;
+    }
+
+    /// What the file says of a VM: as if its host had said it just now, of a guest that runs.
+    fn row(&self, vm: &VmId) -> Option<Claim<VmId>> {
+        self.rows.get(vm).map(|host| Claim {
+            host: host.clone(),
+            live: true,
+            generation: None,
+        })
+    }
+
     /// Where a VM is. `own`: this host's claim; `at`: the only host that is meant.
     pub fn look(
         &mut self,
@@ -82,6 +100,14 @@ impl VmMap {
         }
         let known = self.names.get(vm);
         let mut claims: Vec<Claim<VmId>> = own.into_iter().cloned().collect();
+        if let Some(row) = self.row(vm) {
+            claims.push(row);
+            claims.retain(|claim| at.is_none_or(|at| claim.host == *at));
+            return Look {
+                place: Some(choose(&claims)),
+                ask: vec![],
+            };
+        }
         let (mut ask, mut is_first) = (vec![], false);
         for host in self
             .hosts
@@ -134,6 +160,9 @@ impl VmMap {
 
     /// What others claim of a VM, as far as it counts.
     pub fn claims(&self, vm: &VmId, now_ms: u64) -> Vec<Claim<VmId>> {
+        if let Some(row) = self.row(vm) {
+            return vec![row];
+        }
         let said = self
             .names
             .get(vm)
@@ -146,13 +175,22 @@ impl VmMap {
 
     /// Hosts of which nothing counts that they said of a VM.
     pub fn unheard(&self, vm: &VmId, now_ms: u64) -> Vec<VmId> {
+        if self.rows.contains_key(vm) {
+            return vec![];
+        }
         let known = self.names.get(vm);
         let counts = |host: &&VmId| {
-            let said = known.and_then(|known| known.of.get(host));
+            let said = known.and_then(|known| known.of.get(*host));
             said.is_some_and(|said| said.has_spoken && now_ms.saturating_sub(said.at_ms) < OLD_MS)
         };
         let hosts = self.hosts.iter().filter(|host| !counts(host));
         hosts.cloned().collect()
+    }
+
+    /// Whether every host that could have a VM has said whether it has; `at`: the only one that is meant.
+    pub fn have_all_said(&self, vm: &VmId, at: Option<&VmId>, now_ms: u64) -> bool {
+        let unheard = self.unheard(vm, now_ms);
+        !unheard.iter().any(|host| at.is_none_or(|at| at == host))
     }
 
     fn entry(&mut self, vm: &VmId, host: &VmId, now_ms: u64) -> &mut Said {
@@ -298,6 +336,46 @@ mod tests {
         map.heard(&vm, &name("gamma"), None, 0);
         assert_eq!(map.unheard(&vm, 1), [name("beta")]);
         assert_eq!(map.unheard(&vm, OLD_MS), [name("beta"), name("gamma")]);
+    }
+
+    #[test]
+    fn a_vm_with_a_row_is_where_that_says_and_nobody_is_asked_for_it() {
+        let (mut map, vm, beta) = (map(), name("web-9"), name("beta"));
+        map.set_rows([(vm.clone(), beta.clone())].into());
+        map.heard(&vm, &name("gamma"), Some(claim("gamma", true)), 0);
+        map.forget(&vm, &beta);
+        let mut place = |own: Option<&Claim<VmId>>, at: Option<&str>| {
+            let look = map.look(&vm, own, at.map(name).as_ref(), OLD_MS);
+            assert!(look.ask.is_empty());
+            look.place.unwrap()
+        };
+        assert_eq!(place(None, None), Place::At(beta.clone()));
+        assert_eq!(place(None, Some("beta")), Place::At(beta.clone()));
+        assert_eq!(place(None, Some("gamma")), Place::Unknown);
+        // This host has it too.
+        let (dead, live) = (claim("alpha", false), claim("alpha", true));
+        assert_eq!(place(Some(&dead), None), Place::At(beta.clone()));
+        let both = Place::Ambiguous(vec![name("alpha"), beta.clone()]);
+        assert_eq!(place(Some(&live), None), both);
+        assert_eq!(place(Some(&live), Some("alpha")), Place::At(name("alpha")));
+        assert!(map.have_all_said(&vm, None, OLD_MS));
+        assert_eq!(map.claims(&vm, OLD_MS), [claim("beta", true)]);
+        let look = map.look(&name("web-8"), None, None, 0);
+        assert_eq!((look.place, look.ask.len()), (None, 2));
+    }
+
+    #[test]
+    fn a_host_that_has_not_answered_has_not_said_no() {
+        let (mut map, vm) = (map(), name("web-9"));
+        let (beta, gamma) = (name("beta"), name("gamma"));
+        assert!(!map.have_all_said(&vm, None, 0));
+        map.asked(&vm, &gamma, 0);
+        map.heard(&vm, &beta, None, 0);
+        assert!(!map.have_all_said(&vm, None, 0) && !map.have_all_said(&vm, Some(&gamma), 0));
+        assert!(map.have_all_said(&vm, Some(&beta), 0));
+        assert!(map.have_all_said(&vm, Some(&name("nobody")), 0));
+        map.heard(&vm, &gamma, None, 0);
+        assert!(map.have_all_said(&vm, None, OLD_MS - 1) && !map.have_all_said(&vm, None, OLD_MS));
     }
 
     #[test]

@@ -128,7 +128,8 @@ impl Caller {
             Subject::Cert(_) => 1,
             Subject::User(_) => 2,
             Subject::Group(_) => 3,
-            Subject::Anyone => 4,
+            Subject::Network(_) => 4,
+            Subject::Anyone => 5,
         });
         inner.subjects.push(Subject::Anyone);
         Self(Arc::new(inner))

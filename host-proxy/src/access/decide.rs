@@ -229,6 +229,18 @@ impl Grants {
         Err(reason)
     }
 
+    /// Whether a caller may see any VM at all, there or not.
+    pub fn sees_any(&self, caller: &Caller, now_ms: i64) -> bool {
+        let is_over = |grant: &Grant| grant.until_ms.is_some_and(|until| now_ms >= until);
+        let subjects = caller.subjects().iter();
+        let all = subjects
+            .filter_map(|subject| self.by_subject.get(subject))
+            .flat_map(|of_subject| &of_subject.all);
+        let mut all = all.filter_map(|nth| self.all.get(*nth));
+        let is = |grant: &Grant| grant.may.iter().any(|may| may.covers(Verb::See));
+        caller.is_owner() || all.any(|grant| is(grant) && !is_over(grant))
+    }
+
     /// Whether any of them has a rate.
     pub fn has_rates(&self) -> bool {
         self.has_rates

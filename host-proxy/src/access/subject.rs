@@ -7,6 +7,7 @@
 //! | `token:prometheus` | who shows the token of that name |
 //! | `cert:ci.example`, `cert:spiffe://x/y` | who has the key of a certificate that a listener's `client_ca` vouches for, with this DNS name or URI |
 //! | `cert:sha256/…` | who has the key of this digest, in a certificate of anybody |
+//! | `network:lab` | who asks a listener for DNS that has this name as its `network` |
 //! | `anyone` | everybody who reaches a listener, also without a name |
 
 use std::fmt;
@@ -33,6 +34,8 @@ pub enum Subject {
     User(String),
     /// A group of this host.
     Group(String),
+    /// Whoever reaches a listener for DNS of that network.
+    Network(String),
     /// Everybody.
     Anyone,
 }
@@ -41,7 +44,9 @@ pub enum Subject {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubjectError {
     /// Another kind, or none.
-    #[error("it takes `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME` or `anyone`")]
+    #[error(
+        "it takes `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME`, `network:NAME` or `anyone`"
+    )]
     Kind,
     /// Not a name of a certificate.
     #[error(
@@ -54,7 +59,7 @@ pub enum SubjectError {
     Name,
 }
 
-/// Whether a text can be the name of a user, a group or a token.
+/// Whether a text can be the name of a user, a group, a token or a network.
 pub fn is_name(text: &str) -> bool {
     let is = |b: u8| b.is_ascii_graphic() && !b"\"',:`".contains(&b);
     (1..=NAME_MAX).contains(&text.len()) && text.bytes().all(is)
@@ -107,6 +112,7 @@ impl FromStr for Subject {
             "user" => Self::User,
             "group" => Self::Group,
             "token" => Self::Token,
+            "network" => Self::Network,
             _ => return Err(SubjectError::Kind),
         };
         if !is_name(name) {
@@ -123,6 +129,7 @@ impl fmt::Display for Subject {
             Self::Cert(name) => write!(f, "cert:{name}"),
             Self::User(name) => write!(f, "user:{name}"),
             Self::Group(name) => write!(f, "group:{name}"),
+            Self::Network(name) => write!(f, "network:{name}"),
             Self::Anyone => f.pad("anyone"),
         }
     }
@@ -139,6 +146,7 @@ mod tests {
             "user:1000",
             "group:ops",
             "token:ci",
+            "network:lab",
             "cert:ci.example",
             "cert:spiffe://adit.example/ns/ci?a=b",
             "cert:urn:uuid:0",
@@ -177,6 +185,8 @@ mod tests {
             "user:a b",
             "group:a,b",
             "token:a:b",
+            "network:",
+            "network:a b",
             "user:é",
             &long,
         ] {

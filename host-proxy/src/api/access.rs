@@ -19,7 +19,7 @@ use crate::access::{Access, Caller, Grant, Subject, Verb};
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Check {
-    /// Who asks: `user:NAME`, `group:NAME`, `token:NAME`, `anyone` or `owner`.
+    /// Who asks: `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME`, `network:NAME`, `anyone` or `owner`.
     r#as: String,
     /// `reach` with a target; `see`, `task`, `goal`, `manage` without one.
     verb: String,

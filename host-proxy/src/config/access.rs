@@ -1,7 +1,7 @@
 //! `[[listen]]`, `[[grant]]` and `[[token]]`: who gets in where, and what they may do.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -14,6 +14,8 @@ use crate::reach::{Destination, Suffix};
 
 /// Most `[[listen]]` sections.
 pub const LISTENS_MAX: usize = 64;
+/// Most addresses of this host that a listener answers.
+pub const ANSWERS_MAX: usize = 2;
 /// Most `[[token]]` sections.
 pub const TOKENS_MAX: usize = 4096;
 
@@ -69,10 +71,12 @@ pub enum Speak {
     Tls,
     /// Anything: each connection goes to one place, [`ListenConfig::to`].
     Any,
+    /// DNS, over UDP and TCP.
+    Dns,
 }
 
 /// Names of [`Speak`].
-pub const SPEAKS: [&str; 4] = ["http", "socks5", "tls", "any"];
+pub const SPEAKS: [&str; 5] = ["http", "socks5", "tls", "any", "dns"];
 
 /// Whom a listener is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +101,14 @@ pub(super) fn is_device(text: &str) -> bool {
     (1..=DEVICE_MAX).contains(&text.len()) && text.bytes().all(is) && text != "." && text != ".."
 }
 
+/// Why a text is no address of a host.
+pub(super) fn refuses_address(text: &str) -> Option<String> {
+    match text.parse::<IpAddr>() {
+        Ok(ip) if !ip.is_unspecified() && !ip.is_multicast() => None,
+        _ => Some("it takes an IP address that a host can have".into()),
+    }
+}
+
 /// `[[listen]]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -115,6 +127,12 @@ pub struct ListenConfig {
     /// Where each connection leads: `VM:PORT`.
     #[serde(default)]
     pub to: Option<String>,
+    /// What clients of DNS are called in grants.
+    #[serde(default)]
+    pub network: Option<String>,
+    /// What they are told of this host's VMs; empty: the address of the listener.
+    #[serde(default)]
+    pub answer: Vec<IpAddr>,
     /// Port in the VM of TLS clients; none: the one of the address.
     #[serde(default)]
     pub port: Option<u16>,
@@ -167,6 +185,7 @@ impl ListenConfig {
         }
         self.check_tls()?;
         self.check_role()?;
+        self.check_dns()?;
         if self.port.is_some() && self.speak != Speak::Tls {
             return Err((
                 "port",
@@ -214,6 +233,51 @@ impl ListenConfig {
                 ),
             )),
             _ => Ok(()),
+        }
+    }
+}
+
+impl ListenConfig {
+    fn check_dns(&self) -> Result<(), (&'static str, String)> {
+        if self.speak != Speak::Dns {
+            let other = "it takes `speak = \"dns\"`: no others ask for names alone";
+            return match (&self.network, &self.answer[..]) {
+                (None, []) => Ok(()),
+                (Some(_), _) => Err(("network", other.into())),
+                (None, _) => Err(("answer", other.into())),
+            };
+        }
+        match &self.address {
+            Address::Unix(_) => {
+                return Err((
+                    "address",
+                    "`speak = \"dns\"` takes an IP address: it is asked over UDP and TCP".into(),
+                ));
+            }
+            Address::Tcp(at) if at.ip().is_unspecified() => {
+                let why = format!(
+                    "{at} is all addresses of this host, and with `speak = \"dns\"` an answer must come from the one that was \
+                     asked: use a [[listen]] for each"
+                );
+                return Err(("address", why));
+            }
+            Address::Tcp(_) => {}
+        }
+        let is_v4 = |ip: &IpAddr| ip.to_canonical().is_ipv4();
+        match self.answer[..] {
+            [a, b] if is_v4(&a) == is_v4(&b) => Err((
+                "answer",
+                "it takes one address of IPv4 and one of IPv6".into(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// What clients of DNS are told of this host's VMs.
+    pub fn answers(&self) -> Vec<IpAddr> {
+        match &self.address {
+            Address::Tcp(at) if self.answer.is_empty() => vec![at.ip()],
+            _ => self.answer.clone(),
         }
     }
 }
@@ -283,6 +347,8 @@ impl super::Config {
             device: None,
             speak: Speak::Http,
             to: None,
+            network: None,
+            answer: vec![],
             port: None,
             open: self.proxy.open,
             cert: None,

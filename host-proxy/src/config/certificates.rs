@@ -1,4 +1,5 @@
-//! Certificates of listeners: the texts of their files, and what TLS makes of them.
+//! Certificates of listeners: the texts of their files, and what TLS makes of them. Other files that a configuration names are read
+//! in the same way.
 //!
 //! The files are read with the configuration, by whoever may read it, and travel with its texts; the worker has no files. They
 //! are checked with it too: one that is missing, broken or of another key is a mistake of the configuration, and changes nothing.
@@ -56,7 +57,7 @@ impl Files {
         let listens = table.get("listen").and_then(toml::Value::as_array);
         let listens = listens.into_iter().flatten().take(super::LISTENS_MAX);
         for section in listens.chain(table.get("peers")) {
-            for key in ["cert", "key", "client_ca"] {
+            for key in ["cert", "key", "client_ca", "map"] {
                 let Some(path) = section.get(key).and_then(toml::Value::as_str) else {
                     continue;
                 };
@@ -70,7 +71,7 @@ impl Files {
         }
     }
 
-    fn text(&self, path: &Path) -> Result<String, String> {
+    pub(super) fn text(&self, path: &Path) -> Result<String, String> {
         let text = self.0.get(path).cloned();
         let text = text.unwrap_or_else(|| Err("it was not read".into()));
         text.map_err(|why| format!("cannot read {}: {why}", path.display()))
@@ -182,7 +183,7 @@ impl ListenConfig {
             (None, Some(_)) => Some(("key", "it takes `cert`, the key's certificate")),
             (Some(_), Some(_)) if !matches!(self.speak, Speak::Http | Speak::Socks5) => Some((
                 "cert",
-                "it takes `speak = \"http\"` or `\"socks5\"`: others are passed on as they are",
+                "it takes `speak = \"http\"` or `\"socks5\"`: others speak no TLS to aditd",
             )),
             (Some(_), Some(_)) if matches!(self.address, Address::Unix(_)) => Some((
                 "cert",

@@ -494,5 +494,8 @@ pub(super) fn certificates(
     if let Err((key, why)) = taken.and_then(|()| config.peers.identity().map(drop)) {
         problems.extend(documents.once("peers", key, why));
     }
+    if let Err((key, why)) = config.take_rows(files) {
+        problems.extend(documents.once("peers", key, why));
+    }
     problems
 }

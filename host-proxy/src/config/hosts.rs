@@ -14,6 +14,7 @@ use super::certificates::{Files, Pem, Wrong, certified};
 use crate::access::Subject;
 use crate::access::subject;
 use crate::access::vms::Vms;
+use crate::reach::rows::{self, Rows};
 
 /// Most `[[host]]` sections.
 pub const HOSTS_MAX: usize = 64;
@@ -123,9 +124,14 @@ pub struct Peers {
     pub cert: Option<PathBuf>,
     /// File with its private key.
     pub key: Option<PathBuf>,
+    /// File that says which host has which VM.
+    pub map: Option<PathBuf>,
     /// What is in these files.
     #[serde(skip)]
     pub pem: Pem,
+    /// What is in that one.
+    #[serde(skip)]
+    pub rows: Rows,
 }
 
 impl Peers {
@@ -156,6 +162,31 @@ impl Peers {
 }
 
 impl Config {
+    /// Takes the text of the file that says which host has which VM.
+    ///
+    /// # Errors
+    /// The key at fault, and why.
+    pub(super) fn take_rows(&mut self, files: &Files) -> Result<(), Wrong> {
+        let Some(path) = self.peers.map.clone() else {
+            return Ok(());
+        };
+        let text = files.text(&path).map_err(|why| ("map", why))?;
+        let own = self.host_name();
+        let knows = |vm: &VmId, host: &VmId| {
+            match self.host.iter().find(|other| other.name == *host) {
+                Some(other) if other.may_claim(vm) => Ok(()),
+                Some(_) => Err(format!("`names` of [[host]] `{host}` does not have `{vm}`")),
+                // All hosts may have the same file.
+                None if own == Some(host) => Ok(()),
+                None => Err(format!("there is no [[host]] `{host}`")),
+            }
+        };
+        let rows = rows::parse(&text, knows);
+        let rows = rows.map_err(|e| ("map", format!("{}: {e}", path.display())))?;
+        self.peers.rows = rows;
+        Ok(())
+    }
+
     /// What is wrong with a host's name among the others: the key at fault is `name`, or `pin`.
     pub(super) fn clash_of_host(&self, nth: usize) -> Option<Wrong> {
         let host = self.host.get(nth)?;

@@ -76,7 +76,7 @@ pub(super) enum Kind {
     Time,
     /// Name of a network device.
     Device,
-    /// A token's name.
+    /// Name of a token or a network.
     TokenName,
     /// 64 hex digits.
     Sha256,
@@ -101,6 +101,8 @@ pub(super) enum Texts {
     Vouched,
     /// Services that guests name.
     Services,
+    /// IP addresses, one of each kind.
+    Addresses,
 }
 
 impl Texts {
@@ -123,6 +125,7 @@ impl Texts {
                 Some(_) => None,
                 None => Some("it takes names of 1 to 60 of a-z, 0-9 and inner `-`".into()),
             },
+            Self::Addresses => access::refuses_address(text),
         }
     }
 }
@@ -192,12 +195,13 @@ impl Key {
                 let what = match of {
                     Texts::CardKeys => "lines as `adit key new --role card` prints them",
                     Texts::Subjects => {
-                        "of `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME` and `anyone`"
+                        "of `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME`, `network:NAME` and `anyone`"
                     }
                     Texts::Vms => "VM names, also with one `*` in them, and of `label:NAME=VALUE`",
                     Texts::Claims => "VM names, also with one `*` in them",
                     Texts::Services => "names of 1 to 60 of a-z, 0-9 and inner `-`",
                     Texts::Vouched => "of `user:NAME` and `group:NAME`",
+                    Texts::Addresses => "IP addresses of a host",
                     Texts::May => {
                         "of `reach`, `reach:PORTS` (also `svc:NAME`), `see`, `task`, `goal` and `manage`"
                     }
@@ -459,7 +463,7 @@ const KEYS: &[Key] = &[
         path: "listen.speak",
         meaning: "What clients speak there. `http`: HTTP as on [proxy], and requests for a path alone, which go to the VM of \
                   their `Host`. `socks5`: SOCKS5, with the VM's name. `tls`: TLS for the VM of the server name (SNI), passed on as \
-                  it is. `any`: anything, to one place.",
+                  it is. `any`: anything, to one place. `dns`: DNS over UDP and TCP: `VM.adit` is the host that has the VM.",
         default: "\"http\"",
         example: "\"any\"",
         kind: Kind::Word(&SPEAKS),
@@ -470,6 +474,24 @@ const KEYS: &[Key] = &[
         default: "none",
         example: "\"web-1:22\"",
         kind: Kind::Destination,
+    },
+    Key {
+        path: "listen.network",
+        meaning: "Name of the network that asks a listener with `speak = \"dns\"`: grants have it as `network:NAME`, and say by `see` which \
+                  VMs there are for it. Without it such clients are `anyone`, and nothing else.",
+        default: "none",
+        example: "\"lab\"",
+        kind: Kind::TokenName,
+    },
+    Key {
+        path: "listen.answer",
+        meaning: "Addresses of this host that a listener with `speak = \"dns\"` answers for its VMs, at most one of IPv4 and one of IPv6.",
+        default: "the address of the listener",
+        example: "[\"192.0.2.1\", \"2001:db8::1\"]",
+        kind: Kind::Texts {
+            of: Texts::Addresses,
+            max: access::ANSWERS_MAX,
+        },
     },
     Key {
         path: "listen.port",
@@ -516,7 +538,7 @@ const KEYS: &[Key] = &[
     Key {
         path: "grant.to",
         meaning: "Who is granted something: users and groups of this host, as the kernel knows them behind a Unix socket or a loopback \
-                  connection; whoever shows a token; whoever shows a certificate over TLS, by a name in it or by its key; or `anyone`. Without a grant nobody may anything but who uses aditd.sock.",
+                  connection; whoever shows a token; whoever shows a certificate over TLS, by a name in it or by its key; whoever asks a listener for DNS, by its `network`; or `anyone`. Without a grant nobody may anything but who uses aditd.sock.",
         default: REQUIRED,
         example: "[\"user:deploy\", \"group:ops\", \"token:prometheus\"]",
         kind: Kind::Texts {
@@ -640,6 +662,15 @@ const KEYS: &[Key] = &[
         meaning: "PEM file with the private key of that certificate, not encrypted.",
         default: "none",
         example: "\"/etc/adit/proxy.key\"",
+        kind: Kind::Path,
+    },
+    Key {
+        path: "peers.map",
+        meaning: "File that says which host has a VM, in lines `VM HOST`; `#` begins a comment. For these VMs no host is asked. Each host is a \
+                  [[host]] whose `names` have the VM, or this one, so that all hosts may have the same file. It is read at the start and at \
+                  every reload.",
+        default: "none: all hosts are asked",
+        example: "\"/etc/adit/vms.map\"",
         kind: Kind::Path,
     },
     Key {
@@ -830,13 +861,16 @@ mod tests {
 
     /// The example without its `#`.
     fn whole() -> String {
-        // `to` is for listeners of one kind, `device`, `port` and `cert` for those of others.
+        // `to` is for listeners of one kind, `network`, `device`, `port` and `cert` for those of others.
         let others = [
+            "#network = ",
+            "#answer = ",
             "#device = ",
             "#port = ",
             "#cert = ",
             "#key = ",
             "#client_ca = ",
+            "#map = ",
         ];
         let is_key = |line: &str| {
             let is_others = others.iter().any(|key| line.starts_with(key));

@@ -2,7 +2,7 @@
 //!
 //! Files of `conf.d` are read in the order of their names, and only those whose names end with `.toml`; a name that begins with
 //! a dot is somebody's half-written file. They have sections of which there may be many: `[[vm]]`, `[[listen]]`, `[[grant]]`,
-//! `[[token]]`. With them goes what is in the files that a listener's `cert`, `key` and `client_ca` name.
+//! `[[token]]`. With them goes what is in the files that a listener's `cert`, `key` and `client_ca` name, and those of `[peers]`.
 
 use std::borrow::Cow;
 use std::fs::File;

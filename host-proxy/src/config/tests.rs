@@ -412,6 +412,52 @@ fn a_listener_says_where_its_connections_lead_if_and_only_if_its_clients_do_not(
     assert_eq!((found.line, found.key.as_deref()), (4, Some("address")));
 }
 
+#[test]
+fn a_listener_for_dns_has_one_address_and_says_what_it_answers() {
+    let dns = |address: &str, more: &str| {
+        format!("[[listen]]\naddress = \"{address}\"\nspeak = \"dns\"\nopen = true\n{more}")
+    };
+    let here = "127.0.0.1:53";
+    for (text, key) in [
+        // An answer would come from another address than was asked.
+        (dns("0.0.0.0:53", ""), "address"),
+        (dns("[::]:53", ""), "address"),
+        (dns("unix:/run/a.sock", ""), "address"),
+        (dns(here, "cert = \"/a\"\nkey = \"/a\"\n"), "cert"),
+        (dns(here, "role = \"management\"\n"), "speak"),
+        (dns(here, "to = \"a:1\"\n"), "to"),
+        (dns(here, "network = \"a b\"\n"), "network"),
+        (dns(here, "answer = [\"0.0.0.0\"]\n"), "answer"),
+        (dns(here, "answer = [\"host.example\"]\n"), "answer"),
+        (
+            dns(here, "answer = [\"192.0.2.1\", \"192.0.2.2\"]\n"),
+            "answer",
+        ),
+        (
+            dns(here, "answer = [\"192.0.2.1\", \"::ffff:192.0.2.2\"]\n"),
+            "answer",
+        ),
+        (
+            dns(here, "").replace("\"dns\"", "\"http\"") + "network = \"lab\"\n",
+            "network",
+        ),
+        (
+            dns(here, "").replace("\"dns\"", "\"any\"") + "to = \"a:1\"\nanswer = [\"::1\"]\n",
+            "answer",
+        ),
+    ] {
+        let found = &problems(&text)[0];
+        assert_eq!(found.key.as_deref(), Some(key), "{text}");
+    }
+    let answers = |text: &str| {
+        let answers = parse(text).unwrap().listen[0].answers();
+        answers.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(answers(&dns(here, "network = \"lab\"\n")), ["127.0.0.1"]);
+    let both = "answer = [\"192.0.2.1\", \"2001:db8::1\"]\n";
+    assert_eq!(answers(&dns(here, both)), ["192.0.2.1", "2001:db8::1"]);
+}
+
 const PIN: &str = "sha256/47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
 
 fn host(name: &str, pin: &str, more: &str) -> String {
@@ -514,6 +560,46 @@ fn r126_what_another_host_may_say_is_what_is_written_and_nothing_else() {
             "{pin}"
         );
     }
+}
+
+#[test]
+fn a_file_that_says_where_vms_are_is_checked_with_its_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let (main, map) = (dir.path().join("aditd.toml"), dir.path().join("vms.map"));
+    let text = format!(
+        "[names]\nhost = \"alpha\"\n[peers]\nmap = \"{}\"\n{}",
+        map.display(),
+        host("b", PIN, "names = [\"db-*\"]\n")
+    );
+    std::fs::write(&main, text).unwrap();
+    let load = |rows: &str| {
+        std::fs::write(&map, rows).unwrap();
+        Config::load(&main)
+    };
+    let config = load("# shared\ndb-1 b\nweb-1 alpha\n").unwrap();
+    let rows: Vec<_> = config.peers.rows.iter().collect();
+    assert_eq!((rows.len(), rows[0].1.as_str()), (2, "b"));
+    for (rows, why) in [
+        ("db-1 b\nweb-1 b\n", "line 2: `names` of [[host]] `b`"),
+        ("db-1 c\n", "line 1: there is no [[host]] `c`"),
+        ("db-1\n", "line 1: it takes a VM and a host"),
+    ] {
+        let ConfigError::Wrong { problems } = load(rows).unwrap_err() else {
+            panic!("{rows}")
+        };
+        let found = &problems[0];
+        assert_eq!(
+            (found.line, found.key.as_deref()),
+            (4, Some("map")),
+            "{rows}"
+        );
+        assert!(found.message.contains(why), "{}", found.message);
+    }
+    std::fs::remove_file(&map).unwrap();
+    assert!(matches!(
+        Config::load(&main),
+        Err(ConfigError::Wrong { .. })
+    ));
 }
 
 /// `aditd.toml` and `conf.d` with these files.

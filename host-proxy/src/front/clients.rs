@@ -131,7 +131,7 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
 }
 
 /// What is waited for; none: somebody else needs the place, or aditd stops.
-async fn unless_over<T>(
+pub async fn unless_over<T>(
     state: &State,
     place: &Place,
     waited: impl Future<Output = T>,

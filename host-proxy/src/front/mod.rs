@@ -5,6 +5,7 @@
 //!                                                        ├─ socks5  a name and a port, then bytes
 //!                                                        ├─ tls     the server name says where, then bytes
 //!                                                        ├─ any     one place, bytes
+//!                                                        ├─ dns     names of VMs, and also in datagrams
 //!                                                        └─ (management)  the API
 //! ```
 //! Where a listener has a certificate, TLS is ended before that ([`tls`]).
@@ -17,6 +18,7 @@
 pub use adit_reach::socks5;
 
 mod clients;
+pub mod dns;
 mod handed;
 mod management;
 pub mod party;
@@ -35,10 +37,11 @@ use std::time::Duration;
 
 use adit_channel::refusal::Refusal;
 use adit_passed::Closer;
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UdpSocket, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
+use crate::access::Caller;
 use crate::access::callers::Asking;
 use crate::access::client::Whose;
 use crate::config::{Address, ListenConfig, Role, Speak};
@@ -51,6 +54,7 @@ use crate::proxy::linger;
 use crate::proxy::problem::Problem;
 use crate::reach::Destination;
 use crate::state::State;
+use dns::Dns;
 use party::Party;
 use stream::Stream;
 use tls::{NotOpened, Opened};
@@ -83,6 +87,8 @@ pub struct Fronts {
     api: management::Api,
     refusals: Arc<Semaphore>,
     dropped: Closer,
+    /// What names of DNS may ask other hosts.
+    asks: Arc<dns::Asks>,
 }
 
 /// What a client has as long as it has descriptors here.
@@ -94,6 +100,7 @@ struct Front {
     role: Role,
     speak: Speak,
     to: Option<Destination>,
+    dns: Option<Arc<Dns>>,
     /// Which of all.
     nth: usize,
     /// Its port, where it has one: of TLS, the one in the VM as well.
@@ -114,10 +121,15 @@ enum Accepted {
 }
 
 impl Listener {
-    fn new(bound: Bound) -> io::Result<Self> {
+    /// With the socket that takes datagrams, if there is one.
+    fn new(bound: Bound) -> io::Result<(Self, Option<UdpSocket>)> {
         Ok(match bound {
-            Bound::Tcp(tcp) => Self::Tcp(TcpListener::from_std(tcp)?),
-            Bound::Unix(unix) => Self::Unix(UnixListener::from_std(unix)?),
+            Bound::Tcp(tcp) => (Self::Tcp(TcpListener::from_std(tcp)?), None),
+            Bound::Unix(unix) => (Self::Unix(UnixListener::from_std(unix)?), None),
+            Bound::Both(tcp, udp) => {
+                let udp = UdpSocket::from_std(udp)?;
+                (Self::Tcp(TcpListener::from_std(tcp)?), Some(udp))
+            }
         })
     }
 
@@ -150,9 +162,20 @@ impl Accepted {
         matches!(self, Self::Unix(_))
     }
 
+    fn from(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(_, from) => Some(*from),
+            Self::Unix(_) => None,
+        }
+    }
+
     /// Whose it is, and who asks over it.
-    fn asking(&self, state: &State) -> io::Result<(Whose, Asking)> {
+    fn asking(&self, state: &State, speak: Speak) -> io::Result<(Whose, Asking)> {
         Ok(match self {
+            Self::Tcp(_, from) if speak == Speak::Dns => {
+                // Its listener says what it may see, and nothing else.
+                (Whose::at(from.ip()), Asking::known(Caller::anonymous(from)))
+            }
             Self::Tcp(tcp, from) => {
                 let asking = state.callers.over_tcp(tcp, *from)?;
                 (Whose::at(from.ip()), asking)
@@ -188,6 +211,7 @@ impl Fronts {
             api: management::Api::new(&state),
             refusals: Arc::new(Semaphore::new(REFUSALS_MAX)),
             dropped: Closer::new(DROPPED_MAX),
+            asks: Arc::default(),
             state,
         })
     }
@@ -203,16 +227,24 @@ impl Fronts {
         let accepting = TaskTracker::new();
         for (nth, (config, bound)) in listeners.into_iter().enumerate() {
             let port = match &bound {
-                Bound::Tcp(tcp) => tcp.local_addr()?.port(),
+                Bound::Tcp(tcp) | Bound::Both(tcp, _) => tcp.local_addr()?.port(),
                 Bound::Unix(_) => HTTPS,
             };
             let max = self.gate_of(config.role, matches!(bound, Bound::Unix(_)));
             let max = max.counted.max;
             let counted = self.state.metrics.listener(&bound.address(), max);
+            let (listener, datagrams) = Listener::new(bound)?;
+            let dns = datagrams.map(|socket| {
+                let (state, asks) = (self.state.clone(), self.asks.clone());
+                let dns = Dns::new(state, &config, counted.clone(), asks);
+                accepting.spawn(dns.clone().datagrams(socket));
+                dns
+            });
             let front = Front {
                 counted,
+                dns,
                 port: config.port.unwrap_or(port),
-                listener: Listener::new(bound)?,
+                listener,
                 role: config.role,
                 speak: config.speak,
                 to: config.destination(&self.state.config.names.suffix),
@@ -251,7 +283,7 @@ impl Fronts {
                 continue;
             }
             // It is gone again otherwise.
-            let Ok((whose, asking)) = accepted.asking(state) else {
+            let Ok((whose, asking)) = accepted.asking(state, front.speak) else {
                 continue;
             };
             self.let_in(&front, accepted, whose, asking).await;
@@ -321,11 +353,12 @@ impl Fronts {
     ) {
         let (this, state) = (self.clone(), self.state.clone());
         let (role, speak, to) = (front.role, front.speak, front.to.clone());
-        let (port, nth) = (front.port, front.nth);
+        let (port, nth, dns) = (front.port, front.nth, front.dns.clone());
         self.state.clients.spawn(async move {
             // Whoever carries bytes for it has it too.
             let held = Arc::new(held);
             let by = management::By::of(&accepted, state.tls.terms(nth).is_some());
+            let from = accepted.from();
             let (client, asking) = match accepted {
                 Accepted::Tcp(tcp, from) => {
                     let _ = tcp.set_nodelay(true);
@@ -364,6 +397,11 @@ impl Fronts {
                 (Speak::Socks5, _) => clients::socks5(state, client, asking, place).await,
                 (Speak::Tls, _) => clients::tls(state, client, asking, place, port).await,
                 (Speak::Any, Some(to)) => clients::any(state, client, asking, place, to).await,
+                (Speak::Dns, _) => {
+                    if let (Some(dns), Some(from)) = (dns, from) {
+                        dns.connection(client, from, place).await;
+                    }
+                }
                 // The configuration was checked.
                 (Speak::Any, None) => {}
             }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use crate::front::dns::Kind;
 
 /// Why a connection was not served, or no longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,8 @@ pub struct Listener {
     accepted: AtomicU64,
     open: AtomicI64,
     turned: [AtomicU64; Turned::ALL.len()],
+    /// Answers of one for DNS.
+    answers: OnceLock<[AtomicU64; Kind::ALL.len()]>,
 }
 
 impl Listener {
@@ -64,6 +68,22 @@ impl Listener {
     /// A connection was turned away.
     pub fn turned(&self, why: Turned) {
         self.turned[why as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It is one for DNS: its answers are counted from here on.
+    pub fn answers(&self) {
+        self.answers.get_or_init(Default::default);
+    }
+
+    /// A question had this answer.
+    pub fn answered(&self, kind: Kind) {
+        let answers = self.answers.get_or_init(Default::default);
+        answers[kind as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn answered_by(&self, kind: Kind) -> Option<u64> {
+        let answers = self.answers.get()?;
+        Some(answers[kind as usize].load(Ordering::Relaxed))
     }
 
     pub(super) fn accepted(&self) -> u64 {

@@ -11,9 +11,10 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::listener::Listeners;
 use super::{
-    ACCEPTED, CARD, CLOCK, DIAL_TIME, DIALS, FAULT, FIRST_BYTE, Metric, OPEN, OPEN_MAX, QUEUED,
-    READY, STREAMS, TURNED, Turned,
+    ACCEPTED, ANSWERS, CARD, CLOCK, DIAL_TIME, DIALS, FAULT, FIRST_BYTE, Metric, OPEN, OPEN_MAX,
+    QUEUED, READY, STREAMS, TURNED, Turned,
 };
+use crate::front::dns::Kind;
 use crate::registry::Registry;
 
 /// Whose series.
@@ -138,6 +139,15 @@ impl Scrape {
                 reasons.try_for_each(|why| {
                     put(&[name, why.label()], &ConstCounter::new(l.turned_by(*why)))
                 })
+            })
+        })?;
+        family(to, &ANSWERS, MetricType::Counter, |put| {
+            all.iter().try_for_each(|(name, l)| {
+                let mut counted = Kind::ALL.iter().filter_map(|kind| {
+                    let count = l.answered_by(*kind)?;
+                    Some((kind.word(), count))
+                });
+                counted.try_for_each(|(word, n)| put(&[name, word], &ConstCounter::new(n)))
             })
         })
     }

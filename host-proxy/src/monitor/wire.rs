@@ -24,8 +24,8 @@ use serde::{Deserialize, Serialize};
 pub const PACKET_MAX: usize = 32 << 10;
 const VERSION: u16 = 1;
 const NONE: u32 = 0;
-/// Operator's socket, proxy, metrics, and the others.
-const LISTENERS_MAX: usize = 3 + crate::config::LISTENS_MAX;
+/// Operator's socket, proxy, metrics, and the others, of which one for DNS has two.
+const LISTENERS_MAX: usize = 3 + 2 * crate::config::LISTENS_MAX;
 
 /// Asks for the VM's place in the descriptor store: both ends of a socket pair.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

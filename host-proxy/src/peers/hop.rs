@@ -53,7 +53,7 @@ pub fn vouched(claims: &[u8], host: &HostConfig) -> Vec<Subject> {
 fn is_claimed(subject: &Subject) -> bool {
     match subject {
         Subject::User(name) | Subject::Group(name) => !is_number(name),
-        Subject::Token(_) | Subject::Cert(_) | Subject::Anyone => false,
+        Subject::Token(_) | Subject::Cert(_) | Subject::Network(_) | Subject::Anyone => false,
     }
 }
 

@@ -109,7 +109,14 @@ impl Peers {
         let hosts: Vec<_> = hosts.collect();
         let asked = hosts.iter().filter(|host| host.tls.is_some());
         let asked = asked.map(|host| host.config.name.clone()).collect();
-        self.map().set_hosts(asked);
+        let is_other = |name: &VmId| config.host.iter().any(|host| host.name == *name);
+        let rows = config.peers.rows.iter().filter(|(_, host)| is_other(host));
+        let rows = rows.map(|(vm, host)| (vm.clone(), host.clone())).collect();
+        {
+            let mut map = self.map();
+            map.set_hosts(asked);
+            map.set_rows(rows);
+        }
         *self.hosts.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(hosts);
     }
 

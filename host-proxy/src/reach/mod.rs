@@ -13,7 +13,7 @@
 pub mod dial;
 pub mod find;
 
-pub use adit_reach::{destination, map, resolve};
+pub use adit_reach::{destination, map, resolve, rows};
 
 pub use crate::link::ClientSocket;
 pub use destination::{Destination, DestinationError, Suffix};

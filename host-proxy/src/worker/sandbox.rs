@@ -5,7 +5,8 @@
 //!    capabilities go. Landlock, where the kernel has it: files may be read, written, made and removed there and nowhere
 //!    else, no TCP connection is made, no signal is sent to others.
 //! 2. [`lock_calls`], before there is a second thread: seccomp. A call that is not on the list ends the process, as do another
-//!    process's memory, a new program and a new process. Sockets are those that were passed to it.
+//!    process's memory, a new program and a new process. Sockets are those that were passed to it; that of a
+//!    listener for DNS can send datagrams to any address (by `sendmsg`, for `sendto` takes no address here).
 //!
 //! A client or guest that takes the worker over still has: the database, what passes through, the control sockets of port
 //! processes, and what the monitor does for everybody who asks in form.

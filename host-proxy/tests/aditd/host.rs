@@ -123,16 +123,24 @@ impl Host {
 
     /// Starts aditd with this limit of descriptors.
     pub fn start_with(&mut self, descriptors: u32) {
+        self.start_as(&["/bin/sh", "-c"], &format!("ulimit -n {descriptors}"));
+    }
+
+    /// Starts aditd by a shell that does this before it becomes aditd. `shell`: its command, as far as what it is to do.
+    pub fn start_within(&mut self, shell: &[&str], before: &str) {
+        self.start_as(shell, &format!("ulimit -n 20000 && {before}"));
+    }
+
+    fn start_as(&mut self, shell: &[&str], before: &str) {
         let _ = fs::remove_file(self.dir.path().join("run/proxy.addr"));
         let log = fs::OpenOptions::new()
             .create(true)
             .append(true)
             .open(self.dir.path().join("log"))
             .unwrap();
-        let mut command = Command::new("/bin/sh");
-        command
-            .arg("-c")
-            .arg(format!("ulimit -n {descriptors}; exec \"$@\""));
+        let mut command = Command::new(shell[0]);
+        command.args(&shell[1..]);
+        command.arg(format!("{before}; exec \"$@\""));
         command.arg("sh").arg(env!("CARGO_BIN_EXE_aditd"));
         command.args(["run", "--port-bin"]).arg(&self.port_bin);
         command.arg("--config");

@@ -12,6 +12,7 @@ mod changes;
 mod commands;
 mod cut;
 mod desk;
+mod dns;
 mod faults;
 mod foreign;
 mod front;

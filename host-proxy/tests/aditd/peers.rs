@@ -4,10 +4,13 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
+use hickory_proto::op::ResponseCode;
+use hickory_proto::rr::RecordType;
 use rcgen::CertificateParams;
 use serde_json::Value;
 
 use crate::access::{UID, asked, audit, curl, grant, listen, serve};
+use crate::dns::{addresses, ask};
 use crate::host::{Answer, HANG, Host, NO_GRANTS, Port};
 use crate::tls::{Pair, expired, own};
 
@@ -500,4 +503,69 @@ fn r70_a_host_that_is_not_the_one_that_is_meant_is_not_spoken_to_and_the_log_say
     let served = serve(&b);
     assert_eq!(alpha.get("b").status, 200);
     served.join().unwrap();
+}
+
+#[test]
+fn dns_answers_with_the_host_that_runs_a_vm_and_says_no_only_when_every_host_has() {
+    let sections = listen(
+        "127.0.0.1:0",
+        "dns",
+        "network = \"lab\"\nanswer = [\"192.0.2.1\"]",
+    ) + &grant("\"network:lab\"", "\"b*\", \"a\", \"x\"", "\"see\"");
+    let alpha = Member::new("alpha", &[("a", 3)], &sections);
+    let beta = Member::new("beta", &[("b", 3), ("hidden", 4), ("a", 5)], NO_GRANTS);
+    alpha.knows(&beta, "");
+    beta.knows(&alpha, "");
+    let path = alpha.host.state_dir().with_file_name("run/listen.addr");
+    let listeners = fs::read_to_string(path).unwrap();
+    let dns = listeners.lines().last().unwrap().parse().unwrap();
+    let of = |name: &str| {
+        let addresses = addresses(dns, name, RecordType::A).into_iter();
+        addresses
+            .map(|ip| ip.to_string())
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    let (here, there) = ("192.0.2.1", "127.0.0.1");
+    for (name, is) in [
+        ("b.adit", there),
+        ("b.beta.adit", there),
+        ("beta.adit", there),
+        ("alpha.adit", here),
+        ("a.alpha.adit", here),
+        ("a.beta.adit", there),
+        // beta has it, and the network may not see it.
+        ("hidden.adit", ""),
+        ("hidden.beta.adit", ""),
+        ("x.adit", ""),
+    ] {
+        assert_eq!(of(name), is, "{name}");
+    }
+    let code = |name: &str| ask(dns, name, RecordType::AAAA).response_code;
+    assert_eq!(
+        code("b.adit"),
+        ResponseCode::NoError,
+        "it has no address of that kind"
+    );
+    for name in ["x.adit", "hidden.adit", "b.alpha.adit", "b.gamma.adit"] {
+        assert_eq!(code(name), ResponseCode::NXDomain, "{name}");
+    }
+    // Both hosts have `a`; the guest of one runs.
+    let _there = beta.ports[2].connected();
+    alpha.host.until("it is where its guest runs", |_| {
+        (of("a.adit") == there).then_some(())
+    });
+    let _here = alpha.ports[0].connected();
+    alpha.host.until("neither has it alone", |_| {
+        let answer = ask(dns, "a.adit", RecordType::A);
+        assert_eq!(answer.response_code, ResponseCode::NoError);
+        answer.answers.is_empty().then_some(())
+    });
+    // A host that does not answer has not said no: nobody is to keep that.
+    drop(beta);
+    alpha.host.until("what it said is old", |_| {
+        (code("bx.adit") == ResponseCode::ServFail).then_some(())
+    });
+    assert_eq!(code("hidden.adit"), ResponseCode::NXDomain);
+    assert_eq!(of("a.alpha.adit"), here);
 }
