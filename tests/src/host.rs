@@ -1,5 +1,6 @@
 //! The host's side: aditd with directories of its own, and the programs that people run.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
+use crate::net::Machine;
 use crate::process::{Reaped, bound, output, wait_for};
 use crate::systemd::Systemd;
 
@@ -20,6 +22,8 @@ pub struct Host {
     aditd: Option<Reaped>,
     systemd: Option<Systemd>,
     bins: PathBuf,
+    /// What comes before its command line: it runs on another machine of a network.
+    on: Vec<String>,
     /// The directory of its sockets, as seen from outside of its namespace.
     run: PathBuf,
     dir: tempfile::TempDir,
@@ -53,7 +57,33 @@ impl Host {
         })
     }
 
+    /// The same with this configuration, all but its directories.
+    ///
+    /// # Errors
+    /// As [`Host::start`].
+    pub fn start_configured(bins: &Path, config: &str) -> anyhow::Result<Self> {
+        Self::start_there(bins, None, |run, state| configured(run, state, config))
+    }
+
+    /// The same on a machine of a network.
+    ///
+    /// # Errors
+    /// As [`Host::start`].
+    pub fn start_at(bins: &Path, machine: &Machine, config: &str) -> anyhow::Result<Self> {
+        Self::start_there(bins, Some(machine), |run, state| {
+            configured(run, state, config)
+        })
+    }
+
     fn start_on(bins: &Path, config: impl Fn(&Path, &Path) -> String) -> anyhow::Result<Self> {
+        Self::start_there(bins, None, config)
+    }
+
+    fn start_there(
+        bins: &Path,
+        machine: Option<&Machine>,
+        config: impl Fn(&Path, &Path) -> String,
+    ) -> anyhow::Result<Self> {
         let dir = directory()?;
         let (run, state) = (dir.path().join("run"), dir.path().join("state"));
         fs::write(dir.path().join("aditd.toml"), config(&run, &state))?;
@@ -61,6 +91,7 @@ impl Host {
             aditd: None,
             systemd: None,
             bins: bins.to_owned(),
+            on: machine.map(Machine::words).into_iter().flatten().collect(),
             run,
             dir,
             proxy: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -93,6 +124,7 @@ impl Host {
             aditd: None,
             systemd: Some(systemd),
             bins: bins.to_owned(),
+            on: vec![],
             run: inside.join("adit"),
             dir,
             proxy: SocketAddr::from(([127, 0, 0, 1], 0)),
@@ -116,7 +148,10 @@ impl Host {
             .create(true)
             .append(true)
             .open(self.log_path())?;
-        let child = bound(self.bins.join("aditd"))
+        let program = self.bins.join("aditd");
+        let mut words = self.on.iter().map(OsStr::new).chain([program.as_os_str()]);
+        let child = bound(words.next().unwrap_or_default())
+            .args(words)
             .arg("run")
             .arg("--config")
             .arg(self.dir.path().join("aditd.toml"))
@@ -268,9 +303,23 @@ impl Host {
         self.dir.path()
     }
 
+    /// The addresses of its `[[listen]]` sections, in their order.
+    ///
+    /// # Errors
+    /// It has none, or does not serve.
+    pub fn listeners(&self) -> anyhow::Result<Vec<String>> {
+        let text = fs::read_to_string(self.run.join("listen.addr"))?;
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
+    /// A VM's directory, with its sockets.
+    pub fn vm_dir(&self, vm: &str) -> PathBuf {
+        self.run.join("vm").join(vm)
+    }
+
     /// The socket for a VM's VMM.
     pub fn vhost_socket(&self, vm: &str) -> PathBuf {
-        self.run.join("vm").join(vm).join("vhost.sock")
+        self.vm_dir(vm).join("vhost.sock")
     }
 
     /// The socket for a VM's ring.
@@ -385,6 +434,12 @@ fn directory() -> std::io::Result<tempfile::TempDir> {
 
 /// Lets everybody use what VMs allow.
 const GRANT: &str = "[[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n";
+
+/// aditd's configuration with its directories.
+fn configured(run: &Path, state: &Path, config: &str) -> String {
+    let (run, state) = (run.display(), state.display());
+    format!("run_dir = \"{run}\"\nstate_dir = \"{state}\"\n{config}")
+}
 
 /// aditd's configuration with these VMs, and `more` for each of them.
 fn config(run: &Path, state: &Path, vms: &[&str], more: &str) -> String {

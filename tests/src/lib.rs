@@ -2,6 +2,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | `agent` | a VM without a machine: the agent in the test, on a ring |
 //! | `image` | makes a kernel, an initramfs and a state disk from Debian's packages |
 //! | `cpio` | the initramfs format |
 //! | `debian` | a Debian 12 with its init system, on a disk |
@@ -11,6 +12,7 @@
 //! | `host` | aditd with its directories; runs `adit` and `curl` |
 //! | `machine` | a machine to be set up by hand: a shell and a systemd; its changes are gone afterwards |
 //! | `connect` | a CONNECT client that keeps half-close |
+//! | `net` | hosts on a network of their own |
 //! | `page` | the commands of a page of the documentation |
 //! | `process` | child processes that end with this one |
 //! | `root` | a bare Debian to install packages into; its changes are gone afterwards |
@@ -20,6 +22,7 @@
 //! | `tour` | types a page of the documentation into a machine |
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod before;
 pub mod connect;
 pub mod cpio;
@@ -30,6 +33,7 @@ pub mod image;
 pub mod machine;
 mod namespace;
 pub mod nested;
+pub mod net;
 pub mod page;
 pub mod process;
 pub mod root;

@@ -18,7 +18,7 @@ const PAGES: [&str; 9] = [
     "docs/which-carrier.md",
 ];
 /// Folders whose every source file is in a table of ARCHITECTURE.md.
-const PRODUCT: [&str; 20] = [
+const PRODUCT: [&str; 21] = [
     "names",
     "blob",
     "cgroup",

@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use crate::progress;
 
 /// Programs that are needed, by name or path, and their packages.
-const PROGRAMS: [(&str, &str); 31] = [
+const PROGRAMS: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("lz4", "lz4"),
@@ -50,6 +50,9 @@ const PROGRAMS: [(&str, &str); 31] = [
         "python3-websocket",
     ),
     ("/usr/lib/python3/dist-packages/aiohttp", "python3-aiohttp"),
+    ("/usr/lib/python3/dist-packages/grpc", "python3-grpcio"),
+    ("node", "nodejs"),
+    ("ip", "iproute2"),
 ];
 /// Rust targets: for guest binaries, and for the engine without an operating system.
 const TARGETS: [&str; 3] = [
@@ -148,6 +151,16 @@ pub fn relays() -> anyhow::Result<()> {
         missing.map(|(_, package)| *package).collect()
     };
     until_there(missing, packages)
+}
+
+/// Installs the browser that one test has; it is 350 MB, and nothing else needs it. Where it cannot be had, the test says so.
+pub fn browser() {
+    if on_path("chromium") {
+        return;
+    }
+    if let Err(e) = packages(&["chromium"]) {
+        eprintln!("skipped: the browser: {e}");
+    }
 }
 
 /// Installs packages. Without root, prints the command to run.

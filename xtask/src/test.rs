@@ -40,7 +40,7 @@ struct Step {
     run: fn() -> anyhow::Result<()>,
 }
 
-const CHECKS: [Step; 11] = [
+const CHECKS: [Step; 12] = [
     Step {
         name: "format",
         budget_s: 10,
@@ -126,6 +126,14 @@ const CHECKS: [Step; 11] = [
             ["host", "processes", "ways", "ways_hosts", "grants"]
                 .into_iter()
                 .try_for_each(with_binaries)
+        },
+    },
+    Step {
+        name: "clients that people use",
+        budget_s: 120,
+        run: || {
+            setup::browser();
+            with_binaries("clients")
         },
     },
     Step {

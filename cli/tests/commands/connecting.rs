@@ -44,6 +44,41 @@ fn bytes_go_both_ways_and_each_half_ends_by_itself() {
 }
 
 #[test]
+fn a_service_is_reached_by_its_name_or_uri_without_a_port() {
+    for (name, asked) in [
+        ("docker.web-1.svc.adit", "docker.web-1.svc:1"),
+        ("adit://alpha/web-1/docker", "docker.web-1.alpha.svc:1"),
+        ("adit:///web-1/22", "web-1:22"),
+    ] {
+        let proxy = Proxy::start(|mut client, _| {
+            client.write_all(&[OK, b"there"].concat()).unwrap();
+        });
+        let out = proxy
+            .connect(&[name])
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert_eq!(out.stdout, b"there", "{name}: {}", text(&out.stderr));
+        let head = proxy.asked();
+        assert!(head.starts_with(&format!("CONNECT {asked} ")), "{head}");
+    }
+    let proxy = Proxy::start(|_, _| {});
+    for args in [
+        &["web-1"][..],
+        &["adit:///web-1/22", "22"],
+        &["adit://web-1", "22"],
+    ] {
+        let out = proxy.connect(args).stdin(Stdio::null()).output().unwrap();
+        assert_eq!(
+            out.status.code(),
+            Some(2),
+            "{args:?}: {}",
+            text(&out.stderr)
+        );
+    }
+}
+
+#[test]
 fn a_guest_that_ends_first_is_seen_at_once_and_may_still_be_sent_to() {
     let (note, got) = channel();
     let note = Mutex::new(note);

@@ -10,9 +10,9 @@ use crate::text;
 /// The id of some key.
 const KEY: &str = "00112233445566778899aabbccddeeff";
 
-/// They need an agent to hand over, or a proxy: `agents.rs`, `connecting.rs` and `forwarding.rs` have their tests. What
-/// `adit connect` prints is the guest's.
-const ELSEWHERE: [&str; 3] = ["agent-upgrade", "connect", "forward"];
+/// They need an agent to hand over, a proxy, or a server: `agents.rs`, `connecting.rs`, `forwarding.rs` and `tests/tests/ways_hosts.rs` have
+/// their tests. What `adit connect` prints is the guest's.
+const ELSEWHERE: [&str; 4] = ["agent-upgrade", "connect", "forward", "proxy"];
 
 /// Each command, and how it is called. Files that one makes, others read.
 const CALLS: &[(&str, &[&str])] = &[

@@ -24,11 +24,15 @@ struct Forward {
 
 impl Forward {
     fn start(dir: &Path, proxy: &str, args: &[&str]) -> Self {
-        let mut child = command(dir, proxy, args)
+        let child = command(dir, proxy, args)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        Self::of(child)
+    }
+
+    fn of(mut child: Child) -> Self {
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let stderr = BufReader::new(child.stderr.take().unwrap());
         Self {
@@ -116,6 +120,36 @@ fn connections_to_each_forward_reach_its_port_and_both_signals_end_it() {
         assert_eq!(end(&mut client).1, Some(ErrorKind::ConnectionReset));
         assert!(!path.exists());
     }
+}
+
+#[test]
+fn a_service_is_forwarded_by_its_name_without_a_port() {
+    let proxy = Proxy::echoing();
+    let dir = tempfile::tempdir().unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_adit"))
+        .args([
+            "forward",
+            "adit://alpha/web-1/docker",
+            "unix:d.sock",
+            "--proxy",
+            &proxy.url,
+        ])
+        .current_dir(dir.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut forward = Forward::of(child);
+    assert_eq!(forward.listens(), "unix:d.sock");
+    let mut client = UnixStream::connect(dir.path().join("d.sock")).unwrap();
+    client.write_all(b"there").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(end(&mut client), (b"there".to_vec(), None));
+    assert!(
+        proxy
+            .asked()
+            .starts_with("CONNECT docker.web-1.alpha.svc:1 ")
+    );
 }
 
 #[test]

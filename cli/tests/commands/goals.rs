@@ -55,6 +55,55 @@ fn a_goal_that_is_watched_has_the_status_of_its_steps() {
     }
 }
 
+#[test]
+fn a_goal_of_several_hosts_shows_each_vm_with_its_host_and_a_host_that_is_silent_is_a_failure() {
+    let fake = Fake::start(|_| {
+        let (mut here, mut there) = (task('a', "a", 1, "done"), task('b', "a", 1, "queued"));
+        (here["host"], there["host"]) = (json!("alpha"), json!("beta"));
+        let mut goal = goal(&[here, there]);
+        goal["silent"] = json!([{"host": "gamma", "why": "it did not answer in time"}]);
+        Say::Json(goal)
+    });
+    let out = fake.adit(&["goal", "show", crate::fake::GOAL]);
+    let (shown, said) = (text(&out.stdout), text(&out.stderr));
+    assert!(
+        shown.contains("web-1.alpha") && shown.contains("web-1.beta"),
+        "{shown}"
+    );
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("silent-host") && said.contains("`gamma`"),
+        "{said}"
+    );
+}
+
+#[test]
+fn what_is_signed_for_a_vm_of_a_host_names_the_vm_and_the_host_goes_along() {
+    let fake = Fake::start(|_| Say::Json(goal(&[])));
+    fs::write(
+        fake.dir().join("g.yaml"),
+        "steps: [{id: a, script: {interpreter: /bin/sh, script: x}}]",
+    )
+    .unwrap();
+    assert!(fake.adit(&["key", "new", "k"]).status.success());
+    let out = fake.adit(&[
+        "goal",
+        "apply",
+        "g.yaml",
+        "--sign",
+        "k",
+        "--to",
+        "web-9.beta",
+    ]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let asked = fake.asked();
+    let body: serde_json::Value = serde_json::from_str(&asked[0].body).unwrap();
+    assert_eq!(body["to"], json!(["web-9.beta"]));
+    let envelope = dsse::Envelope::parse(body["envelope"].as_str().unwrap().as_bytes()).unwrap();
+    let signed: serde_json::Value = serde_json::from_slice(envelope.unverified_payload()).unwrap();
+    assert_eq!(signed["audience"]["vms"], json!(["web-9"]));
+}
+
 fn dry_run(yaml: &str) -> Output {
     let fake = Fake::start(|_| Say::HangUp);
     fs::write(fake.dir().join("g.yaml"), yaml).unwrap();

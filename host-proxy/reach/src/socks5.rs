@@ -41,7 +41,18 @@ pub enum Step {
         len: usize,
     },
     /// It is refused with these bytes, and why.
-    Refuse(Vec<u8>, &'static str),
+    Refuse(Vec<u8>, Why),
+}
+
+/// Why a client is refused before anybody knows which VM it means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Why {
+    /// It does not speak as it should.
+    #[error("{0}")]
+    Malformed(&'static str),
+    /// It has shown what is no token.
+    #[error("the token is none")]
+    NoToken,
 }
 
 /// A client that has no tunnel yet. Pure: bytes in, steps out.
@@ -83,7 +94,7 @@ impl Socks5 {
             Step::Say(vec![1, 0])
         } else {
             self.at = At::Over;
-            Step::Refuse(vec![1, 1], "the token is none")
+            Step::Refuse(vec![1, 1], Why::NoToken)
         }
     }
 
@@ -95,7 +106,7 @@ impl Socks5 {
         };
         if version != 5 {
             self.at = At::Over;
-            return Step::Refuse(vec![], "it does not speak SOCKS5");
+            return Step::Refuse(vec![], Why::Malformed("it does not speak SOCKS5"));
         }
         let Some(methods) = count.and_then(|count| bytes.get(2..2 + count)) else {
             return Step::More;
@@ -110,7 +121,10 @@ impl Socks5 {
             Some(_) => At::Request,
             None => {
                 self.at = At::Over;
-                return Step::Refuse(vec![5, NO_METHOD], "it wants another way to log in");
+                return Step::Refuse(
+                    vec![5, NO_METHOD],
+                    Why::Malformed("it wants another way to log in"),
+                );
             }
         };
         Step::Say(vec![5, method.unwrap_or(NO_METHOD)])
@@ -119,7 +133,7 @@ impl Socks5 {
     fn password(&mut self, bytes: &[u8]) -> Step {
         if bytes.first().is_some_and(|version| *version != 1) {
             self.at = At::Over;
-            return Step::Refuse(vec![1, 1], "its log-in is none of RFC 1929");
+            return Step::Refuse(vec![1, 1], Why::Malformed("its log-in is none of RFC 1929"));
         }
         let field = |from: usize| {
             let len = usize::from(*bytes.get(from)?);
@@ -141,7 +155,7 @@ impl Socks5 {
     fn request(&mut self, bytes: &[u8]) -> Step {
         let mut refuse = |reply: u8, why| {
             self.at = At::Over;
-            Step::Refuse(answer(reply), why)
+            Step::Refuse(answer(reply), Why::Malformed(why))
         };
         match bytes {
             [version, ..] if *version != 5 => return refuse(1, "its request is none of SOCKS5"),

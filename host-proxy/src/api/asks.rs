@@ -245,7 +245,7 @@ fn still_vouched(state: &State, caller: &Caller) -> Caller {
     let counts = caller.subjects().iter().filter(|subject| match subject {
         Subject::User(_) | Subject::Group(_) => state.peers.still_vouches(host, subject),
         Subject::Token(name) => tokens.has(name, state.now_ms()),
-        Subject::Cert(_) | Subject::Anyone => false,
+        Subject::Cert(_) | Subject::Network(_) | Subject::Anyone => false,
     });
     caller.by_way_of(host, counts.cloned().collect())
 }

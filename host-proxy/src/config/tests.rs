@@ -230,11 +230,11 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                 vec!["\"[::1]:0\"".into(), "\"unix:/a\"".into()],
                 vec!["\"127.0.0.1\"".into(), "\"unix:a\"".into(), "\"/a\"".into()],
             ),
-            // `any` needs another key besides.
+            // `any` needs another key besides, `dns` an address of another kind.
             keys::Kind::Word(words) => (
                 words
                     .iter()
-                    .filter(|word| **word != "any")
+                    .filter(|word| !["any", "dns"].contains(*word))
                     .map(|word| format!("\"{word}\""))
                     .collect(),
                 vec!["\"HTTP\"".into(), "\"\"".into()],
@@ -294,8 +294,11 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
             "listen.key",
             "listen.client_ca",
             "listen.device",
+            "listen.network",
+            "listen.answer",
             "peers.cert",
             "peers.key",
+            "peers.map",
         ];
         if files.contains(&key.path) {
             // They need each other, and files; or an address of another kind.

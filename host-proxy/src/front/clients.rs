@@ -4,16 +4,19 @@ use std::io;
 use std::sync::Arc;
 
 use adit_channel::refusal::{Code, Refusal};
+use hyper::StatusCode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::handed::{Words, hand, refuse};
 use super::sni::{self, Hello};
-use super::socks5::{self, Socks5, Step};
+use super::socks5::{self, Socks5, Step, Why};
 use super::stream::Stream;
+use crate::access::Caller;
 use crate::access::callers::Asking;
 use crate::access::log_in::log_in;
 use crate::listen::{HEADER_LIMIT, Place};
+use crate::proxy::problem::Problem;
 use crate::reach::Destination;
 use crate::state::State;
 
@@ -58,6 +61,8 @@ pub async fn tls(state: Arc<State>, mut client: Stream, asking: Asking, place: P
         _ => return,
     };
     let Some(to) = to else {
+        let problem = Problem::malformed("its TLS names no server that could be a VM");
+        note_early(&state, &place, "tls", &caller, &problem);
         return refuse(&state, client, &sni::UNRECOGNIZED_NAME, &place).await;
     };
     let words = Words {
@@ -109,7 +114,15 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
             bytes.split_off(len),
         ),
         Ok(Ok(Step::Refuse(said, why))) => {
-            tracing::info!(why, "connection refused");
+            let (status, error) = match why {
+                Why::Malformed(_) => (StatusCode::BAD_REQUEST, "http_request_error"),
+                Why::NoToken => (
+                    StatusCode::PROXY_AUTHENTICATION_REQUIRED,
+                    "http_request_denied",
+                ),
+            };
+            let problem = Problem::new(status, error, why.to_string());
+            note_early(&state, &place, "socks5", &caller, &problem);
             return refuse(&state, client, &said, &place).await;
         }
         _ => return,
@@ -117,7 +130,8 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
     let to = match to {
         Ok(to) => to,
         Err(e) => {
-            tracing::info!(error = %e, "connection refused");
+            let problem = Problem::from(Refusal::new(Code::UnknownVm, e.to_string()));
+            note_early(&state, &place, "socks5", &caller, &problem);
             let said = socks5::answer(socks5::reply(Code::UnknownVm));
             return refuse(&state, client, &said, &place).await;
         }
@@ -128,6 +142,25 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
         refusal: |refusal: &Refusal| socks5::answer(socks5::reply(refusal.code())),
     };
     hand(&state, &caller, &to, client, ahead, words, place).await;
+}
+
+/// Writes down that a client was refused before it was known which VM it means.
+fn note_early(
+    state: &State,
+    place: &Place,
+    speaks: &'static str,
+    caller: &Caller,
+    problem: &Problem,
+) {
+    let visit = state
+        .visits
+        .begin(place.listener(), speaks, None, state.now_ms());
+    let status = problem.status.as_u16();
+    visit.caller(caller);
+    visit.answered(status, problem.error);
+    state.metrics.tunnel(speaks, status);
+    let (detail, trace_id) = (adit_names::escape(&problem.detail), visit.trace().id());
+    tracing::info!(%detail, trace_id, "connection refused");
 }
 
 /// What is waited for; none: somebody else needs the place, or aditd stops.

@@ -7,6 +7,8 @@
 //! would close, and a close may take long; so aditd receives them, and closes them elsewhere. The port process has the pair's other
 //! end, and may pass some as well. Such a client's tunnels end when aditd's worker ends.
 //!
+//! A client that goes while what it sent waits for the pair is found out too, and some of that must be taken within `TAKE_LIMIT`.
+//!
 //! | over | the other direction goes on until |
 //! |---|---|
 //! | the client's sending | the pair ends; or the client has gone, and what it sent had `GONE_LIMIT` to arrive |
@@ -37,7 +39,7 @@ const PIECE: usize = 64 << 10;
 const LOOK: Duration = Duration::from_secs(1);
 /// How long what a client has sent may take to arrive after it has gone.
 const GONE_LIMIT: Duration = Duration::from_secs(10);
-/// How long a client may take nothing of what is left, once nobody is at the other end of the pair.
+/// How long a side may take nothing of what is left, once nobody is at the other end.
 const TAKE_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a connection is silent before TCP asks, and how often it asks then.
@@ -61,13 +63,13 @@ pub async fn pump(
 ) -> bool {
     let (from_client, to_client) = tokio::io::split(client);
     let (ended, said) = (AtomicBool::new(false), AtomicBool::new(false));
-    let mut forth = pin!(forth(from_client, &pair, &ended));
+    let mut forth = pin!(forth(from_client, &pair, &ended, socket));
     let mut back = pin!(back(&pair, to_client, &ended, &said));
     let carried = tokio::select! {
         carried = &mut forth => match carried {
             Ok(()) => tokio::select! {
                 carried = &mut back => carried,
-                () = gone_if_shown(socket) => Err(io::ErrorKind::ConnectionReset.into()),
+                () = gone_if_shown(socket, GONE_LIMIT) => Err(io::ErrorKind::ConnectionReset.into()),
             },
             broken => broken,
         },
@@ -89,13 +91,20 @@ async fn forth(
     mut from: impl AsyncRead + Unpin,
     pair: &Socket,
     ended: &AtomicBool,
+    socket: Option<&OwnedFd>,
 ) -> io::Result<()> {
     loop {
         let (piece, broken) = some(&mut from).await?;
         if piece.is_empty() {
             break;
         }
-        if pair.send(&piece).await.is_err() {
+        let sent = tokio::select! {
+            // It is looked whether the client is there only while nobody takes what it sends.
+            biased;
+            sent = pair.send(&piece) => sent,
+            () = gone_if_shown(socket, TAKE_LIMIT) => return Err(io::ErrorKind::ConnectionReset.into()),
+        };
+        if sent.is_err() {
             // Nobody reads it. What the client is still to hear, `back` brings.
             return Ok(());
         }
@@ -164,20 +173,25 @@ async fn back(
     }
 }
 
-async fn gone_if_shown(socket: Option<&OwnedFd>) {
+async fn gone_if_shown(socket: Option<&OwnedFd>, limit: Duration) {
     match socket {
-        Some(socket) => gone(socket).await,
+        Some(socket) => gone_for(socket, limit).await,
         None => std::future::pending().await,
     }
 }
 
 /// Ready once a client that has ended its sending is not there any more.
 pub(crate) async fn gone(socket: impl AsFd) {
+    gone_for(socket, GONE_LIMIT).await;
+}
+
+/// Ready once a client from which nothing is read has not been there for so long.
+async fn gone_for(socket: impl AsFd, limit: Duration) {
     keep_asking(&socket);
     while !socket_end::is_closed(&socket) {
         sleep(LOOK).await;
     }
-    sleep(GONE_LIMIT).await;
+    sleep(limit).await;
 }
 
 /// Ready once nobody reads the other end of a pair that has ended its sending.

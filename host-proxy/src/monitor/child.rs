@@ -168,12 +168,16 @@ fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
-/// Takes passed descriptors as sockets of streams that were passed by a worker. Others are closed apart.
+/// Takes passed descriptors as sockets of streams, or of UDP, that were passed by a worker. Others are closed apart.
 pub fn sockets(fds: Vec<Passed>) -> Option<Vec<OwnedFd>> {
-    let is_stream = |fd: &Passed| {
-        use rustix::net::{SocketType, sockopt};
-        sockopt::socket_type(fd).is_ok_and(|of| of == SocketType::STREAM)
+    let is_one = |fd: &Passed| {
+        use rustix::net::{SocketType, ipproto, sockopt};
+        match sockopt::socket_type(fd) {
+            Ok(SocketType::STREAM) => true,
+            Ok(SocketType::DGRAM) => sockopt::socket_protocol(fd) == Ok(Some(ipproto::UDP)),
+            _ => false,
+        }
     };
-    let all = fds.iter().all(is_stream);
+    let all = fds.iter().all(is_one);
     all.then(|| fds.into_iter().filter_map(Passed::trust).collect())
 }

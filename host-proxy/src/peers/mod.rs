@@ -26,6 +26,7 @@ mod lines;
 mod tls;
 pub mod work;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,7 @@ use adit_names::VmId;
 use rustls::ClientConfig;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 
 use crate::access::{Caller, Subject};
 use crate::config::{Config, HostConfig};
@@ -71,6 +73,8 @@ pub struct Peers {
     /// Where TLS to them is spoken.
     thread: Option<Handle>,
     pub(crate) questions: Semaphore,
+    /// Names that hosts are being asked for, and how often.
+    asking: Mutex<HashMap<VmId, (CancellationToken, usize)>>,
     /// Requests of other hosts that wait for something to happen.
     pub(crate) watches: Arc<Semaphore>,
     connects: Arc<Semaphore>,
@@ -89,6 +93,7 @@ impl Peers {
             map: Mutex::default(),
             thread: thread.ok(),
             questions: Semaphore::new(QUESTIONS_MAX),
+            asking: Mutex::default(),
             watches: Arc::new(Semaphore::new(WATCHES_MAX)),
             connects: Arc::new(Semaphore::new(CONNECTS_MAX)),
             begin: Instant::now(),
@@ -152,6 +157,25 @@ impl Peers {
             .is_some_and(|host| host.config.vouches_for(subject))
     }
 
+    /// Hosts are asked for a VM from now on, until this is dropped.
+    pub(crate) fn asks(self: &Arc<Self>, vm: &VmId) -> Asks {
+        let mut asking = self.asking();
+        asking.entry(vm.clone()).or_default().1 += 1;
+        Asks(self.clone(), vm.clone())
+    }
+
+    /// Waits while hosts are being asked for a VM, if they are: whoever comes second is not told that there is none.
+    pub(crate) async fn asked(&self, vm: &VmId) {
+        let asked = self.asking().get(vm).map(|(asked, _)| asked.clone());
+        if let Some(asked) = asked {
+            asked.cancelled().await;
+        }
+    }
+
+    fn asking(&self) -> MutexGuard<'_, HashMap<VmId, (CancellationToken, usize)>> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn map(&self) -> MutexGuard<'_, VmMap> {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -159,6 +183,22 @@ impl Peers {
     /// The clock of the map.
     pub(crate) fn now_ms(&self) -> u64 {
         u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Hosts that are being asked for a VM.
+pub(crate) struct Asks(Arc<Peers>, VmId);
+
+impl Drop for Asks {
+    fn drop(&mut self) {
+        let mut asking = self.0.asking();
+        if let Some((asked, times)) = asking.get_mut(&self.1) {
+            *times -= 1;
+            if *times == 0 {
+                asked.cancel();
+                asking.remove(&self.1);
+            }
+        }
     }
 }
 

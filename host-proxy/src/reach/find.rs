@@ -76,6 +76,7 @@ async fn ask_for_all(state: &Arc<State>, to: &[Destination]) {
     let peers = &state.peers;
     let hosts = peers.all();
     let hosts = hosts.iter().filter(|host| host.is_asked());
+    let _asks: Vec<_> = to.iter().map(|to| peers.asks(&to.vm)).collect();
     join_all(hosts.map(|host| async move {
         let name = &host.config.name;
         let now_ms = peers.now_ms();
@@ -113,6 +114,10 @@ async fn others(state: &Arc<State>, caller: &Caller, to: &Destination, own: Own)
             let _ = timeout(LIMIT, asked).await;
             found = look();
         }
+    } else if !matches!(found.place, Some(Place::At(_))) {
+        // They are asked already, and nobody has answered yet.
+        let _ = timeout(LIMIT, peers.asked(&to.vm)).await;
+        found = look();
     }
     match found.place {
         Some(Place::At(host)) => match own {
@@ -147,6 +152,7 @@ pub async fn ask(state: Arc<State>, vm: VmId, hosts: Vec<VmId>) {
     let peers = &state.peers;
     let now_ms = peers.now_ms();
     let hosts: Vec<_> = hosts.iter().filter_map(|host| peers.get(host)).collect();
+    let _asks = peers.asks(&vm);
     for host in &hosts {
         peers.map().asked(&vm, &host.config.name, now_ms);
     }

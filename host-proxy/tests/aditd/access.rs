@@ -435,6 +435,58 @@ fn socks5_reaches_a_vm_by_its_name_and_says_why_not() {
 }
 
 #[test]
+fn r69_wrong_tokens_over_socks5_make_their_client_wait_and_the_proxy_waits_with_it() {
+    let (secret, sha256) = token::new().unwrap();
+    let section = format!("[[token]]\nname = \"ci\"\nsha256 = \"{sha256}\"\n");
+    let grant = grant("\"token:ci\"", "\"b\"", "\"reach\"");
+    let (host, ports) = started(&(listen("127.0.0.1:0", "socks5", "") + &section + &grant));
+    let b = ports[1].connected();
+    // What a client with this token hears to its log-in.
+    let log_in = |token: &str| {
+        let mut client = TcpStream::connect(other(&host)).unwrap();
+        client.set_read_timeout(Some(HANG)).unwrap();
+        let len = u8::try_from(token.len()).unwrap();
+        let said = [b"\x05\x01\x02\x01\x01x", &[len][..], token.as_bytes()].concat();
+        client.write_all(&said).unwrap();
+        let mut heard = [0; 4];
+        client.read_exact(&mut heard).unwrap();
+        assert_eq!(heard[..3], [5, 2, 1]);
+        (heard[3] == 0, client)
+    };
+    assert!(log_in(&secret).0);
+    for _ in 0..8 {
+        assert!(!log_in("wrong").0);
+    }
+    // Not the right one either, and not by another way in. The first wait is a second, which may be over by now; the next is
+    // longer.
+    let shown = format!("Proxy-Authorization: Bearer {secret}\r\n");
+    let request = format!("GET http://x/ HTTP/1.1\r\nHost: x\r\n{shown}Connection: close\r\n\r\n");
+    host.until("nothing is looked at", |host| {
+        assert!(!log_in("wrong").0);
+        let is_one = log_in(&secret).0;
+        let answer = (!is_one).then(|| asked(host.proxy(), &request))?;
+        let waits = answer.status == 429 && answer.head.contains("retry-after: ");
+        waits.then_some(())
+    });
+    let lines = audit(&host, 10);
+    let of = |reason: &str| lines.iter().filter(|line| line["reason"] == reason).count();
+    assert!(
+        of("bad-token") >= 9 && of("too-many-tokens") >= 1,
+        "{lines:?}"
+    );
+    // It is over after a while.
+    let mut client = host.until("its time is over", |_| {
+        let (is_one, client) = log_in(&secret);
+        is_one.then_some(client)
+    });
+    client.write_all(b"\x05\x01\x00\x03\x01b\x00\x50").unwrap();
+    let _tunnel = b.tunnel();
+    let mut heard = [0; 10];
+    client.read_exact(&mut heard).unwrap();
+    assert_eq!(heard[1], 0);
+}
+
+#[test]
 fn a_listener_for_one_place_and_one_for_tls_pass_every_byte_on() {
     let more =
         listen("127.0.0.1:0", "any", "to = \"a:80\"") + &grant("\"anyone\"", "\"a\"", "\"reach\"");

@@ -20,10 +20,12 @@ mod full_disk;
 #[path = "../../port/tests/fuse/mod.rs"]
 mod fuse;
 mod h2client;
+mod h2raw;
 mod handover;
 mod host;
 mod http;
 mod http2;
+mod http2_hostile;
 mod identities;
 mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]

@@ -379,6 +379,26 @@ fn r126_there_is_one_hop_and_a_host_has_only_what_it_may_claim() {
 }
 
 #[test]
+fn many_who_ask_for_a_vm_at_once_all_wait_for_the_first_answer() {
+    let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &to_alpha("\"reach\", \"see\""));
+    // What is refused by the host that has it: it was found.
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let asked = "CONNECT b:22 HTTP/1.1\r\nHost: b\r\n\r\n";
+                let refused = asked_of(&alpha, asked);
+                assert_eq!(refused.status, 403, "{}", refused.body);
+            });
+        }
+    });
+    drop(beta);
+}
+
+fn asked_of(member: &Member, request: &str) -> Answer {
+    asked(member.host.proxy(), request)
+}
+
+#[test]
 fn r126_the_owners_word_counts_where_the_map_is_stale() {
     let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &to_alpha("\"reach\", \"see\""));
     let b = beta.ports[0].connected();
@@ -568,4 +588,37 @@ fn dns_answers_with_the_host_that_runs_a_vm_and_says_no_only_when_every_host_has
     });
     assert_eq!(code("hidden.adit"), ResponseCode::NXDomain);
     assert_eq!(of("a.alpha.adit"), here);
+}
+
+#[test]
+fn a_file_says_where_a_vm_is_whether_that_host_answers_or_not_and_is_read_again() {
+    let sections = listen("127.0.0.1:0", "dns", "") + &grant("\"anyone\"", "\"b\"", "\"see\"");
+    let alpha = Member::new("alpha", &[("a", 3)], &sections);
+    let beta = Member::new("beta", &[("b", 3)], NO_GRANTS);
+    let section = beta.section("");
+    // Nobody can ask it.
+    drop(beta);
+    let path = alpha.host.state_dir().with_file_name("run/listen.addr");
+    let listeners = fs::read_to_string(path).unwrap();
+    let dns = listeners.lines().last().unwrap().parse().unwrap();
+    let code = || ask(dns, "b.adit", RecordType::A).response_code;
+    let map = alpha.dir.path().join("vms.map");
+    fs::write(&map, "b beta # and nothing else\n").unwrap();
+    let line = format!("[peers]\nmap = \"{}\"\n", map.display());
+    let status = alpha
+        .host
+        .reload(|text| text.replace("[peers]\n", &line) + &section);
+    assert_eq!(status["error"], Value::Null, "{status}");
+    let there = || addresses(dns, "b.adit", RecordType::A).len() == 1;
+    assert!(there());
+    // A mistake changes nothing.
+    fs::write(&map, "# hosts\nb gamma\n").unwrap();
+    let status = alpha.host.reload(|text| text);
+    let why = status["error"].as_str().unwrap();
+    assert!(why.contains("line 2") && why.contains("`map`"), "{why}");
+    assert!(there());
+    fs::write(&map, "# nobody\n").unwrap();
+    let status = alpha.host.reload(|text| text);
+    assert_eq!(status["error"], Value::Null, "{status}");
+    assert_eq!(code(), ResponseCode::ServFail);
 }

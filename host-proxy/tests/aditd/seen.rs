@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 
 use adit_api::token;
@@ -10,8 +10,8 @@ use adit_port::control::{Connect, ConnectNoted, Dialed, Ends, TunnelEnd};
 use adit_port::control_io::Message;
 use serde_json::Value;
 
-use crate::access::{asked, audit, grant, other};
-use crate::host::{Control, Host, Port};
+use crate::access::{asked, audit, grant, listen, other};
+use crate::host::{Control, HANG, Host, Port};
 
 pub const SEEN: &str = "[log]\naccess = \"file\"\n[audit]\nallows = true\n";
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -394,6 +394,81 @@ fn a_client_of_a_unix_socket_has_a_line_and_is_nobody_to_the_guest() {
     );
     let line = &access_log(&host, 1)[0];
     assert_eq!(line["listener"], other(&host), "{line}");
+}
+
+/// Says this to the other listener, and hears all that it says.
+fn told(host: &Host, says: &[u8]) -> Vec<u8> {
+    let mut client = TcpStream::connect(other(host)).unwrap();
+    client.set_read_timeout(Some(HANG)).unwrap();
+    client.write_all(says).unwrap();
+    let mut said = Vec::new();
+    // What is not understood at all is reset.
+    let _ = client.read_to_end(&mut said);
+    said
+}
+
+#[test]
+fn a_client_that_is_refused_before_it_is_known_what_it_wants_has_its_line() {
+    let (_, sha256) = token::new().unwrap();
+    let token = format!("[[token]]\nname = \"ci\"\nsha256 = \"{sha256}\"\n");
+    let (host, _ports) = started(&(listen("127.0.0.1:0", "socks5", "") + &token));
+    for (nth, (says, said, status)) in [
+        // It speaks something else.
+        (&b"GET / HTTP/1.1\r\n\r\n"[..], &b""[..], 400),
+        // No way to log in that both know; a token that is none; an address; a name that no VM has.
+        (b"\x05\x01\x01", b"\x05\xff", 400),
+        (b"\x05\x01\x02\x01\x01x\x05wrong", b"\x05\x02\x01\x01", 407),
+        (
+            b"\x05\x01\x00\x05\x01\x00\x01\x7f\x00\x00\x01\x00\x50",
+            b"\x05\x00\x05\x08",
+            400,
+        ),
+        (
+            b"\x05\x01\x00\x05\x01\x00\x03\x03a_b\x00\x50",
+            b"\x05\x00\x05\x04",
+            404,
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let heard = told(&host, says);
+        assert!(heard.starts_with(said), "{says:?}: {heard:?}");
+        let line = &access_log(&host, nth + 1)[nth];
+        assert_eq!(
+            (&line["proto"], &line["status"], &line["vm"]),
+            (&"socks5".into(), &status.into(), &Value::Null),
+            "{says:?}: {line}"
+        );
+        assert_eq!(line["listener"], other(&host), "{line}");
+        assert!(!line["error"].as_str().unwrap().is_empty(), "{line}");
+    }
+    // The log has why, under the same name; of many in a second, the first.
+    let id = access_log(&host, 1)[0]["trace_id"].clone();
+    let id = id.as_str().unwrap();
+    host.until("the log", |host| host.log().contains(id).then_some(()));
+    let (host, _ports) = started(&listen("127.0.0.1:0", "tls", "port = 443"));
+    // A whole first message without a name; rustls has one for an address.
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    let name = "127.0.0.1".try_into().unwrap();
+    let mut hello = Vec::new();
+    rustls::ClientConnection::new(config.into(), name)
+        .unwrap()
+        .write_tls(&mut hello)
+        .unwrap();
+    // TLS's alert `unrecognized_name`.
+    assert_eq!(told(&host, &hello), [21, 3, 3, 0, 2, 2, 112]);
+    let line = &access_log(&host, 1)[0];
+    assert_eq!(
+        (&line["proto"], &line["status"]),
+        (&"tls".into(), &400.into()),
+        "{line}"
+    );
 }
 
 /// Asks so often, and returns the statuses.

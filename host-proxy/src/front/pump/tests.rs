@@ -96,3 +96,35 @@ async fn r67_a_client_that_takes_nothing_of_the_rest_keeps_nothing_in_the_end() 
     timeout(2 * TAKE_LIMIT, pump).await.unwrap().unwrap();
     drop(client);
 }
+
+#[tokio::test(start_paused = true)]
+async fn r67_a_client_that_goes_while_nobody_takes_what_it_sent_keeps_nothing() {
+    for half_closed in [false, true] {
+        let (mut client, mut far, pump) = pumping();
+        let piece = vec![0; PIECE];
+        while timeout(LOOK, client.write_all(&piece)).await.is_ok() {}
+        if half_closed {
+            far.shutdown().await.unwrap();
+        }
+        drop(client);
+        timeout(2 * TAKE_LIMIT, pump).await.unwrap().unwrap();
+        assert!(socket_end::is_closed(&far));
+    }
+    // As long as some is taken in time, the rest has its time as well.
+    let (mut client, mut far, pump) = pumping();
+    let (piece, mut sent) = (vec![0; PIECE], 0);
+    while timeout(LOOK, client.write_all(&piece)).await.is_ok() {
+        sent += PIECE;
+    }
+    drop(client);
+    let mut taken = 0;
+    loop {
+        tokio::time::sleep(GONE_LIMIT / 2).await;
+        match far.read(&mut vec![0; PIECE]).await.unwrap() {
+            0 => break,
+            n => taken += n,
+        }
+    }
+    assert!(taken >= sent, "{taken} of {sent}");
+    timeout(HANG, pump).await.unwrap().unwrap();
+}

@@ -209,3 +209,52 @@ fn date(headers: &mut HeaderMap) {
         headers.entry(DATE).or_insert(date);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::Full;
+    use hyper::Request;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn r67_a_client_that_takes_nothing_of_its_answer_is_given_up() {
+        let (near, far) = tokio::io::duplex(1 << 20);
+        let server = tokio::spawn(async move {
+            let mut conn = h2::server::handshake(far).await.unwrap();
+            let (_request, half) = conn.accept().await.unwrap().unwrap();
+            let respond = Respond::new(half, Arc::default());
+            let body = Full::new(Bytes::from(vec![0; 1 << 20]));
+            let body = body.map_err(|never| match never {}).boxed();
+            let begin = Instant::now();
+            tokio::select! {
+                () = respond.answer(Response::new(body), false) => {}
+                _ = conn.accept() => panic!("the connection goes on"),
+            }
+            let took = begin.elapsed();
+            drop(respond);
+            // What was decided is told.
+            let _ = timeout(TAKE_LIMIT, conn.accept()).await;
+            took
+        });
+        let (send, conn) = h2::client::handshake(near).await.unwrap();
+        let driver = tokio::spawn(conn);
+        let mut send = send.ready().await.unwrap();
+        let request = Request::get("http://a/").body(()).unwrap();
+        let (response, _) = send.send_request(request, true).unwrap();
+        let mut body = response.await.unwrap().into_body();
+        // It reads, and gives no room for more.
+        let ended = loop {
+            match body.data().await {
+                Some(Ok(_)) => {}
+                Some(Err(e)) => break e,
+                None => panic!("it is not whole"),
+            }
+        };
+        assert_eq!(ended.reason(), Some(Reason::INTERNAL_ERROR));
+        drop((body, send));
+        assert_eq!(server.await.unwrap().as_secs(), TAKE_LIMIT.as_secs());
+        driver.abort();
+    }
+}

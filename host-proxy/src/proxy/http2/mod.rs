@@ -36,7 +36,6 @@ use adit_names::VmId;
 use bytes::{Bytes, BytesMut};
 use h2::server::{Connection, SendResponse};
 use h2::{Reason, RecvStream};
-use http_body_util::Empty;
 use hyper::header::{CONTENT_LENGTH, EXPECT, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::Notify;
@@ -351,23 +350,22 @@ async fn answer(
         let opened = open(state, &caller, &request, visit).await;
         return Ok(Answer::Tunnel(body, opened.map_err(denied)?));
     }
-    let own = match asked::is_to_host(state, &request) {
-        // Hosts speak HTTP/1.1 to each other: nobody else gives anything to one.
-        true => {
-            let empty = request.clone().map(|()| Empty::new());
-            Some(asked::answer(state, &caller, empty).await?)
-        }
-        false => own::answer(&mut request),
-    };
-    if let Some(answer) = own {
-        visit.caller(&caller);
-        visit.ended();
-        visit.answered(answer.status().as_u16(), "");
-        return Ok(Answer::Response(answer));
-    }
     let (length, expects) = announced(request.headers());
     let expected = expects.then(|| respond.clone());
     let body = Received::new(body, length, expected, served.meter.clone());
+    let ours = |answer: Response<Body>| {
+        visit.caller(&caller);
+        visit.ended();
+        visit.answered(answer.status().as_u16(), "");
+        Ok(Answer::Response(answer))
+    };
+    if asked::is_to_host(state, &request) {
+        let request = request.map(|()| body);
+        return ours(asked::answer(state, &caller, request).await?);
+    }
+    if let Some(answer) = own::answer(&mut request) {
+        return ours(answer);
+    }
     let interims = Interims::Http2(respond.clone());
     let request = request.map(|()| body);
     let answered = absolute::handle(state, &caller, &interims, request, no_path, visit).await;

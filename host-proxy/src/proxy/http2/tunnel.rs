@@ -13,9 +13,10 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 
 use adit_channel::socket_end;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use rustix::net::{RecvFlags, Shutdown};
 use tokio::io::Interest;
@@ -25,7 +26,7 @@ use crate::front::pump;
 use crate::front::stream::Stream;
 use crate::passing::Socket;
 
-/// Bytes that are read of a socket at once.
+/// Bytes that are read of a socket at once, or put together of a stream.
 const PIECE: usize = 16 << 10;
 
 /// Where bytes went.
@@ -131,28 +132,47 @@ pub(crate) async fn carry(
     socket: &impl End,
     count: &(impl Fn(Went, usize) + Sync),
 ) -> io::Result<()> {
-    let ended = AtomicBool::new(false);
-    let carried = {
-        let mut forth = pin!(forth(from, socket, &ended, count));
-        let mut back = pin!(back(socket, ahead, &mut to, &ended, count));
-        tokio::select! {
-            carried = &mut forth => match carried {
-                Ok(_stream) => back.await,
-                broken => broken.map(drop),
-            },
-            carried = &mut back => match carried {
-                Ok(()) => tokio::select! {
-                    carried = &mut forth => carried.map(drop),
-                    () = socket.gone() => Ok(()),
-                },
-                broken => broken,
-            },
-        }
-    };
+    let carried = both(from, ahead, &mut to, socket, count).await;
     if carried.is_err() {
         to.send_reset(Reason::CONNECT_ERROR);
     }
     carried
+}
+
+async fn both(
+    from: RecvStream,
+    ahead: Bytes,
+    to: &mut SendStream<Bytes>,
+    socket: &impl End,
+    count: &(impl Fn(Went, usize) + Sync),
+) -> io::Result<()> {
+    let ended = AtomicBool::new(false);
+    let mut forth = pin!(forth(from, socket, &ended, count));
+    {
+        let mut back = pin!(back(socket, ahead, to, &ended, count));
+        tokio::select! {
+            carried = &mut forth => {
+                // Its end would be the other side's business.
+                let _stream = carried?;
+                return back.await;
+            }
+            carried = &mut back => carried?,
+        }
+    }
+    // The stream is not read while the socket takes nothing, and only its other half tells then that its other side has given it
+    // up. Until that is seen, what was sent in it counts in the window of the connection.
+    tokio::select! {
+        carried = &mut forth => carried.map(drop),
+        () = socket.gone() => Ok(()),
+        reset = reset(to) => Err(reset),
+    }
+}
+
+/// Ready once the other side has given the stream up.
+async fn reset(stream: &mut SendStream<Bytes>) -> io::Error {
+    let reset = poll_fn(|cx| stream.poll_reset(cx)).await;
+    let reset = reset.map(|reason| io::Error::other(reason.description()));
+    reset.unwrap_or_else(io::Error::other)
 }
 
 /// Returns the stream, whose end would be the other side's business.
@@ -162,7 +182,7 @@ async fn forth(
     ended: &AtomicBool,
     count: &impl Fn(Went, usize),
 ) -> io::Result<RecvStream> {
-    while let Some(data) = poll_fn(|cx| from.poll_data(cx)).await {
+    while let Some(data) = some(&mut from).await {
         let data = data.map_err(io::Error::other)?;
         if socket.send(&data).await.is_err() {
             // Nobody reads it. What the stream's other side is still to hear, `back` brings.
@@ -175,6 +195,28 @@ async fn forth(
     ended.store(true, Ordering::Relaxed);
     socket.end()?;
     Ok(from)
+}
+
+/// What has come of a stream, at least something; none: its end. Frames that came together go on together: one at a time they
+/// would come faster than they go, and of small ones h2 keeps only so many until it takes the connection for a flood.
+async fn some(from: &mut RecvStream) -> Option<Result<Bytes, h2::Error>> {
+    let mut all = BytesMut::new();
+    poll_fn(|cx| {
+        while all.len() < PIECE {
+            match from.poll_data(cx) {
+                Poll::Ready(Some(Ok(data))) if all.is_empty() && data.len() >= PIECE => {
+                    return Poll::Ready(Some(Ok(data)));
+                }
+                Poll::Ready(Some(Ok(data))) => all.extend_from_slice(&data),
+                // What else there is comes again the next time.
+                _ if !all.is_empty() => break,
+                Poll::Ready(over) => return Poll::Ready(over),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        Poll::Ready(Some(Ok(all.split().freeze())))
+    })
+    .await
 }
 
 async fn back(
@@ -192,10 +234,7 @@ async fn back(
     loop {
         tokio::select! {
             readable = socket.readable() => readable?,
-            reset = poll_fn(|cx| to.poll_reset(cx)) => {
-                let reset = reset.map(|reason| io::Error::other(reason.description()));
-                return Err(reset.unwrap_or_else(io::Error::other));
-            }
+            reset = reset(to) => return Err(reset),
         }
         let mut piece = vec![0; PIECE];
         let n = socket.receive(&mut piece).await?;

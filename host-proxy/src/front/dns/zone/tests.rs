@@ -1,6 +1,6 @@
 use std::net::IpAddr;
 
-use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::op::{Edns, Message, MessageType, Query, ResponseCode};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use proptest::prelude::*;
 
@@ -356,7 +356,8 @@ fn who_speaks_edns_is_answered_in_it_and_who_does_not_is_not() {
     // Of a later version, only which one there is can be said.
     let later = with_edns(plain.clone(), 4096, 1).to_vec().unwrap();
     let (code, _, bytes) = refused(&later);
-    assert_eq!(code, ResponseCode::BADVERS);
+    // 16 has two names.
+    assert_eq!(u16::from(code), u16::from(ResponseCode::BADVERS));
     assert_eq!(Message::from_vec(&bytes).unwrap().version(), 0);
     // Two of them are none (RFC 6891 §6.1.1).
     let mut twice = with_edns(plain, 4096, 0).to_vec().unwrap();

@@ -1,0 +1,61 @@
+//! A VM without a machine: the guest's agent as threads of the test, on a ring that it offers to the VM's port process. What it
+//! serves are the ports of this machine's 127.0.0.1, so a server of the test is one in the VM.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use adit_channel::ring::RingBells;
+use adit_guest_driver::serve::{Identity, Server, blob};
+use adit_guest_driver::transport::Transport;
+use adit_guest_driver::transport::ring::{RingEnd, carrier};
+use adit_ringbuf::Mapped;
+use adit_ringbuf_io::attach::{Bells, Offer, Socket};
+use anyhow::Context;
+
+use crate::process::wait_for;
+
+/// Bytes of the ring.
+const BYTES: usize = 4 << 20;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Starts it for the VM whose directory this is, with these ports. It ends with the port process, or with the test.
+///
+/// # Errors
+/// The port process does not take the ring.
+pub fn start(vm: &Path, ports: &[u16]) -> anyhow::Result<()> {
+    let socket: PathBuf = vm.join("ring.sock");
+    wait_for("a ring's socket", LIMIT, || {
+        Ok(socket.exists().then_some(()))
+    })?;
+    let name = vm.file_name().context("a VM's directory")?;
+    let offer = Offer {
+        vm: name.to_string_lossy().into_owned(),
+        bytes: BYTES as u64,
+        lanes: 2,
+    };
+    let (memory, fd) = Mapped::memfd(BYTES)?;
+    let bells = Bells::new()?;
+    let attached = Socket::connect(&socket)?;
+    attached.offer(&offer, 1, fd.as_fd(), &bells)?;
+    let ring = RingEnd::start(carrier(memory, RingBells::of_guest(bells))?)?;
+    let identity = Arc::new(Identity {
+        boot_nonce: [5; 16],
+        epoch: AtomicU64::new(0),
+    });
+    let blobs = blob::store("/nowhere".as_ref());
+    let server = Server::new(ports.to_vec(), blobs, None, identity);
+    std::thread::Builder::new()
+        .name("agent".into())
+        .spawn(move || {
+            // The ring lives as long as the connection by which it was offered.
+            let _attached = attached;
+            let served = ring.listen().map(|listener| server.run(&*listener));
+            if let Ok(Err(e)) | Err(e) = served {
+                eprintln!("the agent has ended: {e}");
+            }
+        })?;
+    Ok(())
+}
