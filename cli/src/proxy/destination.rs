@@ -26,7 +26,7 @@ pub struct Destination {
 
 impl Destination {
     /// Checks a name, `web-1`, `web-1.HOST`, `SERVICE.web-1.svc`, each with `vsock-PORT.` before it or a suffix behind it, or a URI
-    /// ([`uri`](super::uri)). Which suffix there is, aditd knows; the one that there usually is stays here. A name that has its own port needs no
+    /// ([`super::uri`]). Which suffix there is, aditd knows; the one that there usually is stays here. A name that has its own port needs no
     /// other, and none changes it.
     pub fn new(name: &str, port: Option<u16>) -> Result<Self, Failure> {
         let uri = uri::name(name).map_err(|why| {
