@@ -13,6 +13,15 @@ const SYSTEMD: &str = "/lib/systemd/systemd";
 /// Programs of the system.
 pub const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// What asks whether a systemd is up, and [`is_up`] is told what it says.
+pub const ASK: [&str; 3] = ["systemctl", "show", "--property=Version"];
+
+/// Whether that was a systemd's answer. Whoever comes in before the root directory is the namespace's own is in a chroot, for
+/// systemctl, which then does nothing and succeeds.
+pub fn is_up(said: &str) -> bool {
+    said.starts_with("Version=")
+}
+
 /// The namespaces. Drop ends everything in them.
 #[derive(Debug)]
 pub struct Namespace {
@@ -139,10 +148,8 @@ mod tests {
                 let Ok(mut ask) = namespace.enter() else {
                     return Ok(None);
                 };
-                let said = ask
-                    .args(["systemctl", "show", "--property=Version"])
-                    .output()?;
-                Ok(said.status.success().then_some(()))
+                let said = ask.args(ASK).output()?;
+                Ok(is_up(&String::from_utf8_lossy(&said.stdout)).then_some(()))
             });
             up.unwrap_or_else(|e| panic!("{e:#}: {}", namespace.log()));
             let first = PathBuf::from(format!("/proc/{}", namespace.first().unwrap()));

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 
 use crate::machine::as_this_machine_can;
-use crate::namespace::{Namespace, PATH};
+use crate::namespace::{ASK, Namespace, PATH, is_up};
 use crate::process::{output, wait_for};
 use crate::shell::Shell;
 
@@ -152,11 +152,11 @@ impl Root {
             namespace,
             _dir: dir,
         };
-        let ready: &[&str] = match init {
-            Init::Systemd | Init::Host => &["systemctl", "show", "--property=Version"],
-            Init::None => &["test", "!", "-e", "/sys/kernel"],
+        let is_ready = || match init {
+            Init::Systemd | Init::Host => this.run(&ASK).is_ok_and(|said| is_up(&said)),
+            Init::None => this.run(&["test", "!", "-e", "/sys/kernel"]).is_ok(),
         };
-        let up = wait_for("the root", START_LIMIT, || Ok(this.run(ready).ok()));
+        let up = wait_for("the root", START_LIMIT, || Ok(is_ready().then_some(())));
         up.with_context(|| format!("it said:\n{}", this.log()))?;
         Ok(this)
     }

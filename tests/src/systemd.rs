@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::namespace::Namespace;
+use crate::namespace::{ASK, Namespace, is_up};
 use crate::process::{output, wait_for};
 
 /// How long systemd may take to start.
@@ -50,8 +50,8 @@ impl Systemd {
         let log = dir.join("systemd.log");
         let systemd = Self(Namespace::start(&prepare, "/run/units", false, log)?);
         let up = wait_for("systemd", START_LIMIT, || {
-            let answer = systemd.systemctl(&["show", "--property=Version"]);
-            Ok(answer.ok())
+            let answer = systemd.run(ASK[0], &ASK[1..]);
+            Ok(answer.is_ok_and(|said| is_up(&said)).then_some(()))
         });
         up.with_context(|| format!("systemd said:\n{}", systemd.log()))?;
         Ok(systemd)
