@@ -12,7 +12,7 @@ use crate::page::{self, commands};
 use crate::process::wait_for;
 
 /// How long what a page shows may take to become so.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Commands that only look: what they show may take a moment to be so, and a person who sees something else looks again.
 const LOOKS: [&str; 6] = [
