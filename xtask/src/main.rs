@@ -38,6 +38,7 @@ Examples:
   cargo xtask sim --seeds 1000000
   cargo xtask fuzz engine_ops --minutes 10
   cargo xtask soak --minutes 60        # a real guest echoes odd pieces; every byte is compared
+  cargo xtask soak --proxy --minutes 30 # clients of every kind, while aditd is killed every 20 s
   cargo xtask soak --boots 50          # adit-vmm boots Debian again and again, until a boot hangs
   cargo xtask sanitize                 # ThreadSanitizer over shared memory";
 

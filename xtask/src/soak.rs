@@ -3,6 +3,8 @@
 //! Two streams at a time, of 1 B to 64 MiB, written and read in pieces whose sizes match no buffer, with a half-close at the end.
 //! Every byte is compared. The first wrong byte, or 30 s of silence, ends the run.
 
+mod proxy;
+
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::Path;
@@ -39,8 +41,11 @@ pub struct Options {
     /// Seed of the lengths and pieces
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Instead, clients of every kind through a proxy whose aditd is killed every 20 s
+    #[arg(long, conflicts_with = "kernel")]
+    proxy: bool,
     /// Instead, boot adit-vmm so many times
-    #[arg(long, value_name = "N", conflicts_with_all = ["minutes", "seed"])]
+    #[arg(long, value_name = "N", conflicts_with_all = ["minutes", "seed", "proxy"])]
     boots: Option<u32>,
 }
 
@@ -59,6 +64,9 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
     setup::run()?;
     if let Some(boots) = options.boots {
         return crate::boots::run(boots, options.kernel);
+    }
+    if options.proxy {
+        return proxy::run(options.minutes, options.seed);
     }
     let bins = setup::host_binaries(true)?;
     setup::guest_binaries()?;
@@ -140,9 +148,18 @@ fn boot(host: &Host, image: &Image) -> anyhow::Result<Guest> {
 
 /// Anonymous memory in KiB, and descriptors, of the VM's port process.
 fn port(host: &Host) -> anyhow::Result<(u64, usize)> {
+    usage(port_pid(host)?)
+}
+
+fn port_pid(host: &Host) -> anyhow::Result<u32> {
     let out = host.adit(&["vm", "show", VM, "-o", "json"])?;
     let vm: serde_json::Value = serde_json::from_slice(&out.stdout)?;
     let pid = vm["port_pid"].as_u64().context("no port process")?;
+    Ok(u32::try_from(pid)?)
+}
+
+/// A process's anonymous memory in KiB, and its descriptors.
+fn usage(pid: u32) -> anyhow::Result<(u64, usize)> {
     let proc = Path::new("/proc").join(pid.to_string());
     let status = std::fs::read_to_string(proc.join("status"))?;
     let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
@@ -186,9 +203,19 @@ fn stream(
     random: &mut Random,
     tally: &Mutex<Tally>,
 ) -> anyhow::Result<()> {
-    let Some(mut near) = dial(proxy, tally)? else {
-        return Ok(());
-    };
+    match dial(proxy, tally)? {
+        Some(near) => echoed(near, len, random, tally),
+        None => Ok(()),
+    }
+}
+
+/// Sends so many bytes and their end, and compares what comes back.
+fn echoed(
+    mut near: TcpStream,
+    len: u64,
+    random: &mut Random,
+    tally: &Mutex<Tally>,
+) -> anyhow::Result<()> {
     let mut sender = near.try_clone()?;
     let mut pieces = Random(random.next());
     std::thread::scope(|scope| -> anyhow::Result<()> {
