@@ -37,6 +37,7 @@ pub mod net;
 pub mod page;
 pub mod process;
 pub mod root;
+pub mod servers;
 pub mod shell;
 pub mod systemd;
 pub mod tamper;

@@ -489,9 +489,10 @@ fn twice(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<()> {
     let failed = failures(args, env)?;
     anyhow::ensure!(
         failed.len() <= SECOND_RUNS_MAX,
-        "{} tests failed, too many to run them once more: {}",
+        "{} tests failed, too many to run them once more: {}; again: {}",
         failed.len(),
-        failed.join(", ")
+        failed.join(", "),
+        line(args, env)
     );
     for test in failed {
         eprintln!("== {test} failed; running it once more by itself");
@@ -534,8 +535,8 @@ fn failures(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<Vec<String>
     // A binary that died, or a test in a comment, has no name to be run again by.
     anyhow::ensure!(
         status.success() || (!failed.is_empty() && failed.len() == counted && begun == ended),
-        "cargo {}: {status}; {counted} tests failed, by name {failed:?}; {begun} files of tests began, {ended} ended",
-        args.join(" ")
+        "{status}; {counted} tests failed, by name {failed:?}; {begun} files of tests began, {ended} ended; again: {}",
+        line(args, env)
     );
     Ok(failed)
 }
@@ -559,8 +560,12 @@ fn cargo_command(args: &[&str], env: &[(&str, &OsStr)]) -> Command {
 /// Runs cargo with additional environment variables.
 fn cargo_with(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<()> {
     let status = cargo_command(args, env).status()?;
-    let env = env.iter().map(|(n, v)| format!("{n}='{}' ", v.display()));
-    let (env, args) = (env.collect::<String>(), args.join(" "));
-    anyhow::ensure!(status.success(), "again: {env}cargo {args}");
+    anyhow::ensure!(status.success(), "again: {}", line(args, env));
     Ok(())
+}
+
+/// The line that a person types to run that.
+fn line(args: &[&str], env: &[(&str, &OsStr)]) -> String {
+    let env = env.iter().map(|(n, v)| format!("{n}='{}' ", v.display()));
+    format!("{}cargo {}", env.collect::<String>(), args.join(" "))
 }

@@ -196,7 +196,7 @@ async fn carry(
 }
 
 /// Says why a client was not served. The others are.
-fn tell(at: &str, failure: &Failure, format: Format) {
+pub fn tell(at: &str, failure: &Failure, format: Format) {
     match format {
         Format::Json => {
             let text = json_text(&json!({ "listen": at, "error": failure }));

@@ -39,9 +39,9 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::error::Failure;
-use crate::forward::{Listen, Listener, listen};
+use crate::forward::{Listen, Listener, listen, tell};
 use crate::output;
-use crate::text::{Format, escape, json_text};
+use crate::text::{Format, escape};
 
 use ahead::Ahead;
 use hosts::Hosts;
@@ -196,14 +196,4 @@ fn stream(fd: OwnedFd) -> io::Result<Box<dyn Io>> {
         AddressFamily::UNIX => Box::new(UnixStream::from_std(fd.into())?),
         _ => Box::new(TcpStream::from_std(fd.into())?),
     })
-}
-
-fn tell(at: &str, failure: &Failure, format: Format) {
-    match format {
-        Format::Json => {
-            let text = json_text(&json!({ "listen": at, "error": failure }));
-            adit_print::note(text.unwrap_or_default());
-        }
-        Format::Table => adit_print::note!("{}: {}", escape(at), escape(&failure.message)),
-    }
 }

@@ -14,7 +14,7 @@ use adit_names::ServiceName;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use super::services::{Run, Service};
-use super::shares::{Shares, busy};
+use super::shares::Shares;
 use super::tcp;
 use crate::config::{NamedService, Place};
 use crate::conn::Conn;
@@ -75,14 +75,7 @@ impl Service for Named {
             Place::Tcp(port) => tcp::dial(*port, limit),
         };
         let local = local.map_err(|e| Refusal::of_io(&place, &e))?;
-        if self.shares.exceeded_by(&local) {
-            return Err(busy("it has no descriptors left for tunnels"));
-        }
-        local.reset_on_close(true);
-        Ok(Box::new(move |stream| {
-            local.reset_on_close(false);
-            stream.relay_to(local)
-        }))
+        tcp::relayed(local, &self.shares)
     }
 }
 

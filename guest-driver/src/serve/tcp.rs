@@ -69,16 +69,21 @@ impl Service for Tcp {
         }
         let local = dial(port, limit(open))
             .map_err(|e| Refusal::of_io(format_args!("127.0.0.1:{port}"), &e))?;
-        if self.shares.exceeded_by(&local) {
-            return Err(busy("it has no descriptors left for tunnels"));
-        }
-        // Until the stream begins: the host may be gone by then.
-        local.reset_on_close(true);
-        Ok(Box::new(move |stream| {
-            local.reset_on_close(false);
-            stream.relay_to(local)
-        }))
+        relayed(local, &self.shares)
     }
+}
+
+/// Carries a stream to what was dialled for it.
+pub(super) fn relayed(local: Conn, shares: &Shares) -> Result<Run, Refusal> {
+    if shares.exceeded_by(&local) {
+        return Err(busy("it has no descriptors left for tunnels"));
+    }
+    // Until the stream begins: the host may be gone by then.
+    local.reset_on_close(true);
+    Ok(Box::new(move |stream| {
+        local.reset_on_close(false);
+        stream.relay_to(local)
+    }))
 }
 
 /// How long a local dial for a hello may take.

@@ -225,6 +225,14 @@ fn unanswered(state: &State, silent: &[VmId], so: &str) -> ApiError {
     ))
 }
 
+/// Nothing was found. That is an answer only where every host has given one.
+fn all_spoke(state: &State, silent: &[VmId], so: &str) -> Result<(), ApiError> {
+    match silent {
+        [] => Ok(()),
+        silent => Err(unanswered(state, silent, so)),
+    }
+}
+
 fn several(to: &Destination, hosts: &[VmId]) -> ApiError {
     let said = ambiguous(&to.vm, hosts);
     ApiError::new(StatusCode::CONFLICT, "ambiguous", said.text())
@@ -485,9 +493,9 @@ pub(super) fn merged(
 /// A goal of which nothing is here: `refused`, unless a host that does not answer may have it.
 pub(super) fn unknown_goal(state: &State, refused: ApiError, silent: &[Silent]) -> ApiError {
     let hosts: Vec<VmId> = silent.iter().filter_map(|s| s.host.parse().ok()).collect();
-    match hosts.is_empty() {
-        true => refused,
-        false => unanswered(state, &hosts, "whether it has the goal is not known"),
+    match all_spoke(state, &hosts, "whether it has the goal is not known") {
+        Ok(()) => refused,
+        Err(unanswered) => unanswered,
     }
 }
 
@@ -518,12 +526,8 @@ pub(super) async fn goals_with_id(
             Err(_) => silent.push(host.config.name.clone()),
         }
     }
-    match goals.is_empty() && !silent.is_empty() {
-        true => Err(unanswered(
-            state,
-            &silent,
-            "whether it has such a goal is not known",
-        )),
+    match goals.is_empty() {
+        true => all_spoke(state, &silent, "whether it has such a goal is not known"),
         false => Ok(()),
     }
 }
@@ -547,12 +551,8 @@ pub(super) async fn tasks_with_id(
             Err(_) => silent.push(host.config.name.clone()),
         }
     }
-    match found.is_empty() && !silent.is_empty() {
-        true => Err(unanswered(
-            state,
-            &silent,
-            "whether it has such a task is not known",
-        )),
+    match found.is_empty() {
+        true => all_spoke(state, &silent, "whether it has such a task is not known"),
         false => Ok(()),
     }
 }
@@ -574,14 +574,8 @@ pub(super) async fn first(
             Err(_) => silent.push(host.config.name.clone()),
         }
     }
-    match silent.is_empty() {
-        true => Ok(None),
-        false => Err(unanswered(
-            state,
-            &silent,
-            "whether it has the task is not known",
-        )),
-    }
+    all_spoke(state, &silent, "whether it has the task is not known")?;
+    Ok(None)
 }
 
 /// A task that another host has.

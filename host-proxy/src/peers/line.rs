@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_api::HostAnswer;
+use adit_api::{HostAnswer, VmAt};
 use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
 use adit_passed::Closer;
@@ -142,11 +142,7 @@ impl Host {
             .vms
             .into_iter()
             .find(|found| found.name == vm.as_str());
-        let claim = found.map(|found| Claim {
-            host: self.config.name.clone(),
-            live: found.live,
-            generation: found.generation,
-        });
+        let claim = found.map(|found| self.claimed(&found));
         if claim.is_some() && !self.config.may_claim(vm) {
             tracing::warn!(%vm, host = %self.config.name, "a host claims a VM that its `names` does not have: it is not believed");
             return Ok(None);
@@ -254,14 +250,18 @@ impl Host {
         let answer = self.ask(state, None).await?;
         let claims = answer.vms.into_iter().filter_map(|found| {
             let vm: VmId = found.name.parse().ok()?;
-            let claim = Claim {
-                host: self.config.name.clone(),
-                live: found.live,
-                generation: found.generation,
-            };
+            let claim = self.claimed(&found);
             self.config.may_claim(&vm).then_some((vm, claim))
         });
         Ok(claims.collect())
+    }
+
+    fn claimed(&self, found: &VmAt) -> Claim<VmId> {
+        Claim {
+            host: self.config.name.clone(),
+            live: found.live,
+            generation: found.generation,
+        }
     }
 
     /// Whether there is something to show to it, so that it can be asked.

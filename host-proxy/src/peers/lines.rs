@@ -42,9 +42,11 @@ use crate::state::State;
 pub(super) const LINES_MAX: usize = 16;
 /// How long a connection may take to be made, once there is a socket.
 const SHAKE_LIMIT: Duration = Duration::from_secs(2);
-/// How long an answer may take until it is asked whether the host is there, and how long that may take.
-const DOUBT_AFTER: Duration = Duration::from_secs(2);
-const PONG_LIMIT: Duration = Duration::from_secs(2);
+/// How long an answer may take until it is asked whether the host is there. With [`PONG_LIMIT`] it is less than any question
+/// has, so that the question is asked again over another connection.
+const DOUBT_AFTER: Duration = Duration::from_millis(500);
+/// How long a PING may take.
+const PONG_LIMIT: Duration = Duration::from_millis(500);
 /// How long what was sent may stay unacknowledged until the kernel gives the connection up.
 const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(20);
 /// Bytes that may come in a stream before its client has taken some.

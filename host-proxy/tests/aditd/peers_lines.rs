@@ -69,7 +69,7 @@ fn wired(more: &str) -> (Member, Member, Wire) {
     let alpha = Member::new("alpha", &[("a", 3)], &format!("{SEEN}{NO_GRANTS}"));
     let beta = Member::new(
         "beta",
-        &[("b", 3)],
+        &[("b", 3), ("c", 4)],
         &(more.to_owned() + &to_alpha("\"reach\", \"see\"")),
     );
     let wire = Wire::to(beta.address());
@@ -133,19 +133,22 @@ fn tunnels_to_another_host_share_a_connection_and_one_that_stalls_holds_up_no_ot
 #[test]
 fn a_connection_to_another_host_that_says_nothing_any_more_is_replaced_and_no_request_fails() {
     let (alpha, beta, wire) = wired("");
-    let b = beta.ports[0].connected();
+    let (b, c) = (beta.ports[0].connected(), beta.ports[1].connected());
     let (mut client, mut guest) = tunnel(&alpha, &b);
     carries(&mut client, &mut guest);
     assert_eq!(wire.made(), 1);
     wire.swallow();
-    // The map still knows where it is, so this is the first that nobody answers.
+    // The map still knows where it is, so this tunnel is the first that nobody answers.
     let (mut other, mut others_guest) = tunnel(&alpha, &b);
     carries(&mut other, &mut others_guest);
     assert_eq!(wire.made(), 2);
-    let served = serve(&b);
-    assert_eq!(alpha.get("b").status, 200);
+    wire.swallow();
+    // Here it is the question where the VM is.
+    let served = serve(&c);
+    let answer = alpha.get("c");
+    assert_eq!(answer.status, 200, "{}", answer.body);
     served.join().unwrap();
-    assert_eq!(wire.made(), 2);
+    assert_eq!(wire.made(), 3);
 }
 
 #[test]

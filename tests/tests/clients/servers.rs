@@ -1,11 +1,11 @@
 //! The VM's servers.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use adit_tests::process::{Reaped, bound};
+use adit_tests::servers::{echoes, serving};
 
 use super::{beside, run};
 
@@ -44,7 +44,7 @@ impl Servers {
             _files: files,
             page,
             grpc,
-            echo: echo(),
+            echo: serving(echoes).unwrap(),
         }
     }
 
@@ -65,29 +65,4 @@ fn repository(files: &Path) {
     git(&["-C", "site", "commit", "-q", "--allow-empty", "-m", "first"]);
     git(&["clone", "-q", "--bare", "site", "site.git"]);
     git(&["-C", "site.git", "update-server-info"]);
-}
-
-fn echo() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for client in listener.incoming() {
-            std::thread::spawn(move || echoes(client.unwrap()));
-        }
-    });
-    port
-}
-
-/// Until a client ends, or is gone.
-fn echoes(mut client: TcpStream) {
-    let mut piece = vec![0; 64 << 10];
-    while let Ok(n) = client.read(&mut piece) {
-        if n == 0 {
-            let _ = client.shutdown(Shutdown::Write);
-            return;
-        }
-        if client.write_all(&piece[..n]).is_err() {
-            return;
-        }
-    }
 }

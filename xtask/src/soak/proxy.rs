@@ -10,7 +10,7 @@
 //! of aditd's worker, just before each kill, and of the port process are compared with those of the beginning.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use adit_tests::agent;
 use adit_tests::connect::connect;
 use adit_tests::host::Host;
+use adit_tests::servers::{echoes, serving};
 use anyhow::{Context as _, bail, ensure};
 
 use super::{Random, Tally, VM, echoed, usage};
@@ -67,7 +68,7 @@ impl Kills {
 pub fn run(minutes: f64, seed: u64) -> anyhow::Result<bool> {
     let bins = setup::host_binaries(false)?;
     let dir = tempfile::tempdir()?;
-    let (echo, page) = (server(echoes)?, server(pages)?);
+    let (echo, page) = (serving(echoes)?, serving(pages)?);
     let signed = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
     let pem = dir.path().join("host.pem");
     std::fs::write(
@@ -326,31 +327,6 @@ fn leaves(ways: &Ways, random: &mut Random) -> anyhow::Result<()> {
     near.write_all(&whole.as_bytes()[..random.next() as usize % whole.len()])?;
     std::thread::sleep(Duration::from_millis(random.next() % 20));
     Ok(())
-}
-
-/// Serves each client on a thread.
-fn server(serve: fn(TcpStream)) -> anyhow::Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    std::thread::spawn(move || {
-        for client in listener.incoming().flatten() {
-            std::thread::spawn(move || serve(client));
-        }
-    });
-    Ok(port)
-}
-
-fn echoes(mut client: TcpStream) {
-    let mut piece = vec![0; 64 << 10];
-    while let Ok(n) = client.read(&mut piece) {
-        if n == 0 {
-            let _ = client.shutdown(Shutdown::Write);
-            return;
-        }
-        if client.write_all(&piece[..n]).is_err() {
-            return;
-        }
-    }
 }
 
 /// `GET /N`: so many bytes.
