@@ -16,7 +16,6 @@ use adit_channel::shard::{Handle, Shard};
 use adit_channel::stream::{Stream, Target};
 use adit_engine::{EngineConfig, How};
 use adit_guest_driver::serve::{Identity, Server, blob};
-use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
 use adit_ringbuf_io::attach::{self, Bells, Offer, Socket};
@@ -46,7 +45,7 @@ fn agent() {
     let blobs = blob::store("/nowhere".as_ref());
     let server = Server::new(vec![port.parse().expect("a port")], blobs, None, identity);
     let listener = ring.listen().expect("a free port");
-    let _ = server.run(&*listener);
+    server.run_on_ring(listener);
 }
 
 struct Host {
@@ -105,10 +104,12 @@ impl Host {
             boot_nonce: [1; 16],
         };
         let service = service.parse().expect("a name");
-        let target = Target {
-            port: PORT,
-            hello: Some(Open::new(service, common)),
-        };
+        self.open(Some(Open::new(service, common)))
+    }
+
+    /// Without a hello it is open when the agent has taken it.
+    fn open(&self, hello: Option<Open>) -> Result<Stream, DialError> {
+        let target = Target { port: PORT, hello };
         let until = Instant::now() + LONG;
         loop {
             match self.handle.dialer().dial(&target, LONG) {
@@ -176,6 +177,40 @@ fn allowed_ports_are_served_over_a_ring_and_by_the_next_agent_too() {
         "{:?}",
         begin.elapsed()
     );
+    agent.kill().expect("our child");
+    agent.wait().expect("our child");
+}
+
+/// How many threads of a process wait for a ring's streams, or serve one.
+fn accepting(agent: &Child) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", agent.id())).expect("our child");
+    let names =
+        tasks.map(|task| std::fs::read_to_string(task.expect("a thread").path().join("comm")));
+    names
+        .filter(|name| name.as_ref().is_ok_and(|name| name.trim() == "ring-accept"))
+        .count()
+}
+
+#[test]
+fn streams_that_say_nothing_hold_up_no_other_and_their_threads_end_with_them() {
+    let host = Host::new();
+    let port = echo_server();
+    let mut agent = host.agent(port);
+    let silent: Vec<_> = (0..20)
+        .map(|_| host.open(None).expect("it is taken"))
+        .collect();
+    echoes(&host, port, 1000);
+    assert!(accepting(&agent) >= silent.len());
+    drop(silent);
+    let until = Instant::now() + LONG;
+    while accepting(&agent) > 5 {
+        assert!(Instant::now() < until, "{} are left", accepting(&agent));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for _ in 0..20 {
+        echoes(&host, port, 10);
+    }
+    assert!(accepting(&agent) <= 6);
     agent.kill().expect("our child");
     agent.wait().expect("our child");
 }

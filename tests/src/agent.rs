@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use adit_channel::ring::RingBells;
 use adit_guest_driver::serve::{Identity, Server, blob};
-use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
 use adit_ringbuf_io::attach::{Bells, Offer, Socket};
@@ -52,9 +51,9 @@ pub fn start(vm: &Path, ports: &[u16]) -> anyhow::Result<()> {
         .spawn(move || {
             // The ring lives as long as the connection by which it was offered.
             let _attached = attached;
-            let served = ring.listen().map(|listener| server.run(&*listener));
-            if let Ok(Err(e)) | Err(e) = served {
-                eprintln!("the agent has ended: {e}");
+            match ring.listen() {
+                Ok(streams) => server.run_on_ring(streams),
+                Err(e) => eprintln!("the agent has ended: {e}"),
             }
         })?;
     Ok(())

@@ -15,7 +15,6 @@ use std::sync::atomic::AtomicU64;
 
 use adit_channel::ring::RingBells;
 use adit_guest_driver::serve::{Identity, Server, blob};
-use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
 use adit_ringbuf_io::attach::{Bells, Offer, Socket};
@@ -136,6 +135,6 @@ pub fn agent(socket: &Path, ports: Vec<u16>) -> anyhow::Result<()> {
         epoch: AtomicU64::new(0),
     });
     let server = Server::new(ports, blob::store("/nowhere".as_ref()), None, identity);
-    let listener = ring.listen()?;
-    server.run(&*listener).context("the ring's listener")
+    server.run_on_ring(ring.listen()?);
+    Ok(())
 }

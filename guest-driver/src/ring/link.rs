@@ -112,7 +112,7 @@ impl Link {
 
     /// Serves until no doorbell arrives any more.
     fn serve(&self, attached: Attached, server: &Arc<Server>) {
-        let listener = match attached.end.streams() {
+        let listener = match attached.end.listen() {
             Ok(listener) => listener,
             Err(e) => return log::event("ring-failed", &[("error", &e)]),
         };
@@ -120,11 +120,7 @@ impl Link {
         let server = server.clone();
         let accept = thread::Builder::new().name("ring-accept".into());
         let accepting = accept.stack_size(STACK_BYTES).spawn(move || {
-            // It fails when the ring's end is dropped.
-            while let Ok(incoming) = listener.accept() {
-                // If this fails, the host has given the stream up.
-                let _ = incoming.accept().map(|stream| server.admit(stream));
-            }
+            server.run_on_ring(listener);
         });
         match &attached.stream_ended {
             _ if accepting.is_err() => log::event("ring-failed", &[("error", &"no thread")]),

@@ -24,6 +24,7 @@ use std::time::Duration;
 use adit_blob::Store;
 use adit_channel::hello::{self, Accept, Common, Hello, Open, Refuse};
 use adit_channel::refusal::{Refusal, is_shortage};
+use adit_channel::stream::Listener;
 
 use self::agent::Agent;
 use self::services::Services;
@@ -43,6 +44,8 @@ const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// Characters of a `traceparent`.
 const TRACE_LEN: usize = 55;
+/// Threads that wait for the next stream of a ring at most, where one has been served.
+const TURNS_MAX: usize = 4;
 /// Stack of a stream's thread: its buffers are on the heap.
 const STACK_BYTES: usize = 128 * 1024;
 
@@ -92,6 +95,13 @@ pub struct Server {
     identity: Arc<Identity>,
     active: AtomicUsize,
     shares: Shares,
+}
+
+/// Threads that take turns with the streams of a ring.
+struct Turns {
+    streams: Listener,
+    /// How many wait for the next one.
+    waiting: AtomicUsize,
 }
 
 /// Counts a stream for as long as it lives.
@@ -166,14 +176,70 @@ impl Server {
         }
     }
 
-    /// Serves one stream on a thread, or refuses it.
-    pub fn admit(self: &Arc<Self>, conn: impl HostStream) {
-        let most = self.shares.streams;
-        if self.active.fetch_add(1, Ordering::Relaxed) >= most {
-            self.active.fetch_sub(1, Ordering::Relaxed);
-            return self.refuse_busy(&conn, &format!("{most} streams are open"));
+    /// Serves the streams that the host dials over a ring, until the ring's end is gone.
+    ///
+    /// Most streams need a thread for their beginning only: so a thread that is done with one waits for the next, and whoever
+    /// takes the last place of those who wait has another one wait in its place.
+    pub fn run_on_ring(self: &Arc<Self>, streams: Listener) {
+        let turns = Arc::new(Turns {
+            streams,
+            waiting: AtomicUsize::new(1),
+        });
+        self.take_turns(&turns, usize::MAX);
+    }
+
+    /// Until the ring's end is gone, or so many others wait for streams.
+    fn take_turns(self: &Arc<Self>, turns: &Arc<Turns>, others: usize) {
+        while let Ok(incoming) = turns.streams.accept() {
+            let is_last = turns.waiting.fetch_sub(1, Ordering::AcqRel) == 1;
+            // If this fails, the host has given the stream up.
+            if let Ok(stream) = incoming.accept() {
+                match is_last.then(|| self.another_turn(turns)).transpose() {
+                    Ok(_) => match self.slot() {
+                        Some(_slot) => self.serve(stream),
+                        None => self.refuse_full(&stream),
+                    },
+                    Err(e) => self.refuse_without_thread(&stream, &e),
+                }
+            }
+            if turns.waiting.fetch_add(1, Ordering::AcqRel) >= others {
+                turns.waiting.fetch_sub(1, Ordering::AcqRel);
+                return;
+            }
         }
+    }
+
+    fn another_turn(self: &Arc<Self>, turns: &Arc<Turns>) -> io::Result<()> {
+        let thread = thread::Builder::new().name("ring-accept".into());
+        let (server, its) = (self.clone(), turns.clone());
+        turns.waiting.fetch_add(1, Ordering::AcqRel);
+        let run = move || server.take_turns(&its, TURNS_MAX);
+        let started = thread.stack_size(STACK_BYTES).spawn(run);
+        started.map(drop).inspect_err(|_| {
+            turns.waiting.fetch_sub(1, Ordering::AcqRel);
+        })
+    }
+
+    /// A place among the streams; none: there are as many as there may be.
+    fn slot(self: &Arc<Self>) -> Option<Slot> {
         let slot = Slot(self.clone());
+        (self.active.fetch_add(1, Ordering::Relaxed) < self.shares.streams).then_some(slot)
+    }
+
+    fn refuse_full(&self, conn: &impl HostStream) {
+        self.refuse_busy(conn, &format!("{} streams are open", self.shares.streams));
+    }
+
+    fn refuse_without_thread(&self, conn: &impl HostStream, why: &io::Error) {
+        log::event("stream-refused", &[("why", why)]);
+        self.refuse_busy(conn, &why.to_string());
+    }
+
+    /// Serves one stream on a thread, or refuses it.
+    fn admit(self: &Arc<Self>, conn: impl HostStream) {
+        let Some(slot) = self.slot() else {
+            return self.refuse_full(&conn);
+        };
         // Passed to the thread once it runs: if it does not start, the stream is still here and gets an answer.
         let (give, take) = sync_channel(1);
         let started = thread::Builder::new()
@@ -185,10 +251,7 @@ impl Server {
             });
         match started {
             Ok(_) => drop(give.send(conn)),
-            Err(e) => {
-                log::event("stream-refused", &[("why", &e)]);
-                self.refuse_busy(&conn, &e.to_string());
-            }
+            Err(e) => self.refuse_without_thread(&conn, &e),
         }
     }
 

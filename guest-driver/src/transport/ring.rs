@@ -1,7 +1,8 @@
-//! The ring: streams over a region of shared memory, as sockets.
+//! The ring: streams over a region of shared memory.
 //!
 //! ```text
-//! region ══ shard's thread: port, engine ══ socketpair ── Conn ── serve, relay, client
+//! what the host dials:  region ══ shard's thread: port, engine ══ Stream: hello ─► the local socket itself
+//! what the agent dials: region ══ shard's thread: port, engine ══ socketpair ── Conn ── client
 //! ```
 //! A thread of its own moves the bytes, asleep until the host's doorbell or a socket wakes it; the rest of the agent sees
 //! ordinary streams. When a session ends and another begins, the listener stays and old streams end. After a reset the near
@@ -21,7 +22,7 @@ use adit_engine::{EngineConfig, How};
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Features;
 
-use super::{HostStream, Listen, ReadWrite, Transport};
+use super::{HostStream, ReadWrite};
 use crate::conn::Conn;
 
 /// How long the host may take to answer a request.
@@ -70,7 +71,7 @@ impl RingEnd {
     ///
     /// # Errors
     /// There are too many listeners, or the end is gone.
-    pub fn streams(&self) -> io::Result<Listener> {
+    pub fn listen(&self) -> io::Result<Listener> {
         Ok(self.handle.listen(PORT)?)
     }
 }
@@ -105,12 +106,12 @@ fn conn(stream: Stream) -> io::Result<Conn> {
     Ok(OwnedFd::from(near).into())
 }
 
-impl Transport for RingEnd {
-    fn listen(&self) -> io::Result<Box<dyn Listen>> {
-        Ok(Box::new(self.handle.listen(PORT)?))
-    }
-
-    fn dial_host(&self) -> io::Result<Conn> {
+impl RingEnd {
+    /// Dials the host's well-known port.
+    ///
+    /// # Errors
+    /// There is no session, or the host does not take the stream.
+    pub fn dial_host(&self) -> io::Result<Conn> {
         let target = Target {
             port: PORT,
             hello: None,
@@ -125,12 +126,5 @@ impl Transport for RingEnd {
             };
             io::Error::new(kind, e)
         })?)
-    }
-}
-
-impl Listen for Listener {
-    fn accept(&self) -> io::Result<Option<Conn>> {
-        // Only the host is at the other end of the region.
-        conn(Self::accept(self)?.accept()?).map(Some)
     }
 }

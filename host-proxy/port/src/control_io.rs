@@ -8,6 +8,7 @@
 //!   a descriptor with a kind that has none. After an error the connection cannot be used any more. All descriptors of a
 //!   refused packet are closed.
 //! - Received descriptors are close-on-exec from the start.
+use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -120,13 +121,28 @@ pub fn receive_passed(
     receive_any(sock, closer)
 }
 
+thread_local! {
+    /// Where packets are received. Zeroed pages for each would cost more than all else that a dial takes here.
+    static PACKET: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 fn receive_any(
     sock: impl AsFd,
     closer: &Closer,
 ) -> Result<Option<(Message, Vec<Passed>)>, ControlError> {
-    let mut packet = vec![0; PACKET_MAX];
+    PACKET.with_borrow_mut(|packet| {
+        packet.resize(PACKET_MAX, 0);
+        receive_into(packet, sock, closer)
+    })
+}
+
+fn receive_into(
+    packet: &mut [u8],
+    sock: impl AsFd,
+    closer: &Closer,
+) -> Result<Option<(Message, Vec<Passed>)>, ControlError> {
     loop {
-        let got = match adit_passed::receive(&sock, &mut packet, RecvFlags::empty(), closer) {
+        let got = match adit_passed::receive(&sock, packet, RecvFlags::empty(), closer) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             received => received?,
         };

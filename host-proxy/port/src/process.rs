@@ -24,7 +24,7 @@ use adit_channel::port::Notice;
 use adit_channel::ring::Dock;
 use adit_channel::shard::{News, PortIndex, Shard};
 use adit_channel::sink::Sink;
-use adit_engine::{EngineConfig, StreamId};
+use adit_engine::{EngineConfig, StreamId, Tick};
 use adit_names::VmId;
 use adit_print::with_causes;
 use nix::errno::Errno;
@@ -36,16 +36,22 @@ use crate::keep::Keeping;
 use crate::rings::{RingInbox, RingInfo, RingNews};
 use bell::Bell;
 use dials::Dials;
+use pace::Pace;
 
 /// Most frames that wait for `aditd`.
 pub const OUTBOX_MAX: usize = 4 * DIALS_MAX;
 /// Most frames that are read from `aditd` in one turn.
 const FRAMES_A_TURN: usize = 64;
+/// How often `aditd` is told how many streams there are, if nothing else changes.
+const STREAMS_EVERY: Duration = Duration::from_millis(100);
+/// How often it is told how tunnels have ended, unless many have.
+const ENDS_EVERY: Duration = Duration::from_millis(20);
 
 mod bell;
 mod dial_table;
 mod dials;
 mod ends;
+mod pace;
 mod ring;
 mod say;
 mod tunnels;
@@ -92,6 +98,11 @@ pub struct Process<C: Carrier> {
     aditd: Option<Aditd>,
     said: Option<Status>,
     said_ring: Option<crate::control::Ring>,
+    status_pace: Pace,
+    ring_pace: Pace,
+    ends_pace: Pace,
+    /// Of both ports, when they were looked at last.
+    faults: u64,
     /// What a successor needs. `said_seq` and `said_stuck` are what this `aditd` was last sent of it.
     keeping: Keeping,
     said_seq: u64,
@@ -162,6 +173,10 @@ impl<C: Carrier> Process<C> {
             aditd: None,
             said: None,
             said_ring: None,
+            status_pace: Pace::new(STREAMS_EVERY),
+            ring_pace: Pace::new(STREAMS_EVERY),
+            ends_pace: Pace::new(ENDS_EVERY),
+            faults: 0,
             keeping,
             said_seq: 0,
             said_stuck: None,
@@ -186,8 +201,11 @@ impl<C: Carrier> Process<C> {
     /// # Errors
     /// Waiting fails.
     pub fn turn(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        self.shard.turn(timeout)?;
+        self.shard.turn(self.until_due(timeout))?;
+        // Turns that only move bytes have nothing to tell aditd.
+        let mut tells = self.is_due() | self.new_faults();
         while let Some(news) = self.shard.poll_news() {
+            tells = true;
             match news {
                 News::Ready { key: KEY_LISTENER } => self.accept(),
                 News::Ready { key: KEY_CONTROL } => self.control_ready(),
@@ -205,12 +223,42 @@ impl<C: Carrier> Process<C> {
                 News::Notice(port, notice) => self.notice(port, notice),
             }
         }
+        if !tells {
+            return Ok(());
+        }
         self.log_faulted();
         self.say_status();
         self.say_ring();
         self.say_kept();
         self.say_ends();
         Ok(())
+    }
+
+    /// At most so long, and not beyond what is due.
+    fn until_due(&self, timeout: Option<Duration>) -> Option<Duration> {
+        let now = self.shard.now();
+        let until = |due: Tick| Duration::from_nanos(due.0.saturating_sub(now.0));
+        self.due().map(until).into_iter().chain(timeout).min()
+    }
+
+    fn is_due(&self) -> bool {
+        self.due().is_some_and(|due| due <= self.shard.now())
+    }
+
+    fn due(&self) -> Option<Tick> {
+        // What waits to be sent comes first, and its socket tells when.
+        self.aditd.as_ref().filter(|a| a.outbox.is_empty())?;
+        let paces = [&self.status_pace, &self.ring_pace, &self.ends_pace];
+        paces.into_iter().filter_map(Pace::due).min()
+    }
+
+    /// Whether a port has had a fault since the last turn.
+    fn new_faults(&mut self) -> bool {
+        let of_ring = self.rings.as_ref().map(|rings| rings.port);
+        let ports = [Some(self.port), of_ring].into_iter().flatten();
+        let faults = ports.map(|port| self.shard.port(port).counters().faults);
+        let faults = faults.sum();
+        std::mem::replace(&mut self.faults, faults) != faults
     }
 
     // ---- the connection
@@ -240,6 +288,13 @@ impl<C: Carrier> Process<C> {
         tracing::info!("aditd connected");
         self.said = None;
         self.said_ring = None;
+        for pace in [
+            &mut self.status_pace,
+            &mut self.ring_pace,
+            &mut self.ends_pace,
+        ] {
+            pace.settled();
+        }
         self.said_seq = 0;
         self.said_stuck = None;
         self.ends.renew();

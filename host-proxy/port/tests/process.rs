@@ -420,7 +420,9 @@ fn an_idle_process_does_not_wake_up() {
     aditd.wait_status(|s| s.session);
     let (near, far) = tunnel(&aditd, &mut guest, 1);
     carry(&mut guest, &near, &far, b"x");
-    // Wait until the guest has been quiet for a moment: the last bytes still cause a credit update and a status.
+    // How many streams there are is said once more after a while, if it has changed.
+    aditd.wait_status(|s| s.streams == 1);
+    // Wait until the guest has been quiet for a moment: the last bytes still cause a credit update.
     for _ in 0..50 {
         guest.shard.turn(Some(Duration::from_millis(1))).unwrap();
     }

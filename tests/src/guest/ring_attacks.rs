@@ -12,7 +12,6 @@ use adit_channel::hello::{self, Common, Hello, Open};
 use adit_channel::refusal::Code;
 use adit_engine::Tick;
 use adit_guest_driver::ring::{self, Device, Registers};
-use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
 use adit_ringbuf::region::Features;

@@ -88,9 +88,19 @@ impl<A: Eq + Hash> Ends<A> {
         });
     }
 
+    /// Whether there is something to be told, and what was told before is taken.
+    pub(super) fn is_any(&self) -> bool {
+        self.under_way.is_none() && (!self.over.is_empty() || self.lost > 0)
+    }
+
+    /// Whether there is enough for a page, so that waiting gains nothing.
+    pub(super) fn are_many(&self) -> bool {
+        self.over.len() >= ENDS_MAX / 2 || self.lost > 0
+    }
+
     /// What is to be told next; none: nothing, or what was told is not taken yet.
     pub(super) fn page(&mut self) -> Option<Page> {
-        if self.under_way.is_some() || self.over.is_empty() && self.lost == 0 {
+        if !self.is_any() {
             return None;
         }
         let mut bytes = 0;

@@ -151,7 +151,20 @@ impl<C: Carrier> Process<C> {
             // It fits: the table has far fewer.
             streams: port.streams() as u32,
         };
-        if self.said_ring.as_ref() != Some(&ring) {
+        let said = self.said_ring.as_ref();
+        if said == Some(&ring) {
+            return self.ring_pace.settled();
+        }
+        let only_streams = said.is_some_and(|said| {
+            let streams = said.streams;
+            Ring {
+                streams,
+                ..ring.clone()
+            } == *said
+        });
+        let now = self.shard.now();
+        if !only_streams || self.ring_pace.allows(now) {
+            self.ring_pace.said(now);
             self.said_ring = Some(ring.clone());
             self.say(Message::Ring(ring), vec![]);
         }

@@ -12,8 +12,10 @@ use crate::control_io::Message;
 const FAULT_MAX: usize = 500;
 
 impl<C: Carrier> Process<C> {
-    /// Tells `aditd` the state of the channel, if it changed: once a turn, and only when nothing else waits to be sent.
+    /// Tells `aditd` the state of the channel, if it changed: once a turn, and only when nothing else waits to be sent. How many
+    /// streams there are is no news for a while.
     pub(super) fn say_status(&mut self) {
+        let now = self.shard.now();
         let port = self.shard.port(self.port);
         let Some(aditd) = &self.aditd else {
             return;
@@ -38,14 +40,21 @@ impl<C: Carrier> Process<C> {
             faults: faults + counters.faults,
             last_fault: self.last_fault(),
         };
-        let unchanged = self.said.as_ref().is_some_and(|said| {
+        let same_but = |streams: u32, said: &Status| {
             let bytes = said.bytes;
             Status {
                 bytes,
+                streams,
                 ..status.clone()
             } == *said
-        });
-        if !unchanged {
+        };
+        let said = self.said.as_ref();
+        if said.is_some_and(|said| same_but(status.streams, said)) {
+            return self.status_pace.settled();
+        }
+        let only_streams = said.is_some_and(|said| same_but(said.streams, said));
+        if !only_streams || self.status_pace.allows(now) {
+            self.status_pace.said(now);
             let first = self.said.replace(status.clone()).is_none();
             if first {
                 // Ahead of the status, after which aditd dials.
@@ -63,10 +72,15 @@ impl<C: Carrier> Process<C> {
     pub(super) fn say_ends(&mut self) {
         let is_free = self.aditd.as_ref().is_some_and(|a| a.outbox.is_empty());
         // After the features, which say what this is.
-        if is_free
-            && self.said.is_some()
+        if !is_free || self.said.is_none() || !self.ends.is_any() {
+            return self.ends_pace.settled();
+        }
+        let now = self.shard.now();
+        let at_once = self.ends.are_many() || self.done;
+        if (at_once || self.ends_pace.allows(now))
             && let Some(page) = self.ends.page()
         {
+            self.ends_pace.said(now);
             self.say(Message::Ends(page), vec![]);
         }
     }
