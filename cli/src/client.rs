@@ -37,7 +37,12 @@ impl From<ClientError> for Failure {
             ClientError::Line => Self::new("cut-off", said),
             ClientError::Refused { status, said } => {
                 let code = if status == 408 { "timeout" } else { &said.code };
-                Self::new(code, said.message).help(said.help)
+                let help = match code {
+                    // It has no advice for what it does not know.
+                    "unknown-path" => "this aditd is of a version before this adit: compare `adit version` and `aditd --version`",
+                    _ => &said.help,
+                };
+                Self::new(code, said.message).help(help)
             }
             ClientError::Status(_) => Self::new("http", said),
             ClientError::Path { source, .. } => Self::new("usage", format!("{said}: {source}")),

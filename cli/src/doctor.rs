@@ -20,7 +20,8 @@ Examples:
   adit doctor web-1
   adit doctor -o json | jq '.vms[].findings[] | select(.health == \"failed\")'
 
-Checks, in the order in which a stream comes into a guest: host, configuration, port process, VMM, device, session, agent,
+Checks, in the order in which a stream comes into a guest: host, configuration, users (where the kernel does not say who
+local clients are), port process, VMM, device, session, agent,
 version, agent program, identity, trust, policy, journal, card, clock, services, last dial; of one VM also who has access. Each is ok, failed, or unknown because an
 earlier one failed. A dial that failed more than ten minutes ago is no failure any more.
 

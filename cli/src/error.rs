@@ -46,6 +46,7 @@ impl Failure {
             "unreachable" | "cut-off" | "untrusted-server" => UNREACHABLE,
             "timeout" => TIMEOUT,
             "nothing-open" => NOT_FOUND,
+            "unknown-path" => 1,
             c if c.starts_with("unknown-") => NOT_FOUND,
             _ => 1,
         };

@@ -1,6 +1,6 @@
 //! `adit resolve`: which host has a VM.
 
-use adit_api::{AllVms, Resolution, VmAt};
+use adit_api::{AllVms, Resolution, Silent, VmAt};
 use clap::Args;
 
 use crate::client::Client;
@@ -68,22 +68,46 @@ pub async fn all(client: &Client, format: Format) -> Result<(), Failure> {
         Format::Json => output::json(&all)?,
         Format::Table => table(&all.vms)?,
     }
-    if let Some(silent) = all.silent.first() {
-        let message = format!(
-            "host `{}` does not say what it has: {}",
-            silent.host, silent.why
-        );
-        return Err(Failure::new("silent-host", message)
-            .help("`adit config`, and the log of that host, say more"));
+    all_spoke(&all.silent)
+}
+
+/// A list is whole only where every host has said what it has.
+pub fn all_spoke(silent: &[Silent]) -> Result<(), Failure> {
+    let Some(first) = silent.first() else {
+        return Ok(());
+    };
+    let mut message = format!(
+        "host `{}` does not say what it has: {}",
+        first.host, first.why
+    );
+    let others: Vec<_> = silent[1..]
+        .iter()
+        .map(|s| format!("`{}`", s.host))
+        .collect();
+    if !others.is_empty() {
+        message += &format!("; nor do {}", others.join(", "));
     }
-    Ok(())
+    Err(Failure::new("silent-host", message)
+        .help("`adit config`, and the log of that host, say more"))
 }
 
 fn table(vms: &[VmAt]) -> Result<(), Failure> {
     let rows = vms.iter().map(|vm| {
         let generation = vm.generation.map_or_else(|| "-".into(), |n| n.to_string());
-        let state = if vm.live { "live" } else { "down" };
-        [vm.name.clone(), vm.host.clone(), state.into(), generation]
+        let (state, by) = match &vm.by_map_of {
+            // Nobody has looked.
+            Some(of) => ("-", format!("the map of {of}")),
+            None if vm.live => ("live", vm.host.clone()),
+            None => ("down", vm.host.clone()),
+        };
+        [
+            vm.name.clone(),
+            vm.host.clone(),
+            state.into(),
+            generation,
+            by,
+        ]
     });
-    output::table(["VM", "HOST", "STATE", "CARD"], &rows.collect::<Vec<_>>())
+    let head = ["VM", "HOST", "STATE", "CARD", "SAID-BY"];
+    output::table(head, &rows.collect::<Vec<_>>())
 }

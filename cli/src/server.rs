@@ -77,9 +77,9 @@ impl Which {
             let message = format!(
                 "`adit {command}` asks an aditd on another host, and --socket is of this one"
             );
-            return Err(
-                Failure::new("usage", message).help("say which with --server https://HOST:PORT")
-            );
+            return Err(Failure::new("usage", message).help(
+                "say which with --server https://HOST:PORT, and how it is known with --pin or --ca",
+            ));
         }
         let server = self
             .server
@@ -88,7 +88,9 @@ impl Which {
             .or_else(|| word("ADIT_SERVER"));
         let server = server.ok_or_else(|| {
             let message = format!("`adit {command}` needs to know which server to ask");
-            Failure::new("usage", message).help("say which with --server https://HOST:PORT")
+            Failure::new("usage", message).help(
+                "say which with --server https://HOST:PORT, and how it is known with --pin or --ca",
+            )
         })?;
         let server = self.server(&text(&server)?)?;
         Ok((Client::of_server(server.clone(), limit), server))

@@ -1,4 +1,5 @@
-//! Runs every seed, and a fixed number of mutants of the seeds, on any toolchain and without libFuzzer.
+//! Runs every seed, and a fixed number of mutants of the seeds, on any toolchain and without libFuzzer. `ADIT_FUZZ_TARGET` names a target that
+//! alone is run, as for libFuzzer.
 
 use std::fs;
 
@@ -51,7 +52,11 @@ impl Noise {
 
 #[test]
 fn seeds_and_their_mutants_break_no_rule() {
+    let only = std::env::var("ADIT_FUZZ_TARGET").ok();
     for (name, run) in TARGETS {
+        if only.as_ref().is_some_and(|only| only != name) {
+            continue;
+        }
         let dir = corpus(name);
         let mut paths: Vec<_> = fs::read_dir(&dir)
             .unwrap_or_else(|e| panic!("{}: {e}", dir.display()))

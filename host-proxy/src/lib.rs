@@ -156,7 +156,7 @@ async fn in_one(boot: Boot) -> anyhow::Result<()> {
         },
         monitor: Monitor::Here(privileged),
         listeners,
-        diag: access::diag::Socket::open().ok(),
+        diag: access::diag::Socket::open(),
     });
     let (tell, changes) = mpsc::channel(1);
     let reread = tokio::spawn(async move {

@@ -55,6 +55,7 @@ impl Reloads {
             reads: reads + 1,
             error,
             restart,
+            users_unknown: None,
         }
     }
 

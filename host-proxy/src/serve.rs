@@ -1,10 +1,14 @@
 //! The service itself, in the worker, or in the one process that there is without root: from open listeners to the stop.
 
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use adit_api::HostEventKind;
+use rustix::net::{SocketType, sockopt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
@@ -46,7 +50,7 @@ pub struct Parts {
     /// Where clients connect.
     pub listeners: Listeners,
     /// To ask the kernel who they are.
-    pub diag: Option<diag::Socket>,
+    pub diag: io::Result<diag::Socket>,
 }
 
 /// A service that is ready to run.
@@ -91,6 +95,12 @@ impl Service {
         let visits = Visits::start(dir, config.log.access, Arc::new(audit), key)
             .map_err(|e| anyhow::anyhow!("no thread for the access log: {e}"))?;
         let tokens = Tokens::new(&config.token);
+        let diag = diag.and_then(|socket| {
+            // There is one at least: [proxy] has it.
+            let listener = listeners.all().find_map(over_tcp);
+            listener.map_or(Ok(()), |at| socket.check(at))?;
+            Ok(socket)
+        });
         let callers = Callers::new(monitor.clone(), diag, tokens);
         let state = State::new(
             config,
@@ -195,4 +205,11 @@ impl Service {
         }
         Ok(())
     }
+}
+
+/// The address of a listener, if it is one of TCP.
+fn over_tcp(listener: BorrowedFd<'_>) -> Option<SocketAddr> {
+    let is_stream = sockopt::socket_type(listener) == Ok(SocketType::STREAM);
+    let at = rustix::net::getsockname(listener).ok()?;
+    SocketAddr::try_from(at).ok().filter(|_| is_stream)
 }

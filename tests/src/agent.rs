@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use adit_channel::ring::RingBells;
+use adit_guest_driver::config::Config;
 use adit_guest_driver::serve::{Identity, Server, blob};
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
@@ -25,6 +26,15 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// # Errors
 /// The port process does not take the ring.
 pub fn start(vm: &Path, ports: &[u16]) -> anyhow::Result<()> {
+    start_with(vm, ports, "")
+}
+
+/// The same with `[[service]]` sections of its `adit-guest.toml`.
+///
+/// # Errors
+/// As [`start`], or the agent would not take these.
+pub fn start_with(vm: &Path, ports: &[u16], services: &str) -> anyhow::Result<()> {
+    let config = Config::parse("adit-guest.toml".as_ref(), services)?;
     let socket: PathBuf = vm.join("ring.sock");
     wait_for("a ring's socket", LIMIT, || {
         Ok(socket.exists().then_some(()))
@@ -46,6 +56,7 @@ pub fn start(vm: &Path, ports: &[u16]) -> anyhow::Result<()> {
     });
     let blobs = blob::store("/nowhere".as_ref());
     let server = Server::new(ports.to_vec(), blobs, None, identity);
+    server.offer(config.service);
     std::thread::Builder::new()
         .name("agent".into())
         .spawn(move || {

@@ -409,7 +409,7 @@ fn every_metric_of_an_alert_rule_is_there() {
 #[test]
 fn operate_explains_every_exit_status_of_adit() {
     let page = read("docs/operate.md");
-    let help = read("cli/src/main.rs");
+    let help = read("cli/src/lib.rs");
     let help = help.split_once("\nExit status:\n").unwrap().1;
     let number = |l| str::split_whitespace(l).next().unwrap_or_default();
     let is_number = |w: &&str| !w.is_empty() && w.bytes().all(|b| b.is_ascii_digit());

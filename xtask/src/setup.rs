@@ -41,6 +41,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("rsync", "rsync"),
     ("wget", "wget"),
     ("dig", "bind9-dnsutils"),
+    ("dnsmasq", "dnsmasq-base"),
+    ("unbound", "unbound"),
     (
         "/usr/lib/python3/dist-packages/requests",
         "python3-requests",

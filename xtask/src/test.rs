@@ -58,7 +58,10 @@ const CHECKS: [Step; 12] = [
                 "--",
                 "-D",
                 "warnings",
-            ])
+            ])?;
+            // What `cargo bench` leaves out, `--all-targets` does too.
+            let benches = ["clippy", "--quiet", "-p", "adit-benches", "--bench", "*"];
+            setup::cargo(&[&benches[..], &["--", "-D", "warnings"]].concat())
         },
     },
     Step {
@@ -149,7 +152,7 @@ const CHECKS: [Step; 12] = [
     Step {
         name: "benches build",
         budget_s: 60,
-        run: || setup::cargo(&["build", "--quiet", "-p", "adit-benches", "--benches"]),
+        run: || setup::cargo(&["build", "--quiet", "-p", "adit-benches", "--bench", "*"]),
     },
 ];
 
@@ -263,26 +266,11 @@ fn at_length() -> (&'static str, &'static OsStr) {
 }
 
 pub fn run(options: &Options) -> anyhow::Result<bool> {
+    let steps = steps(options)?;
     setup::run()?;
-    let mut steps: Vec<&Step> = CHECKS.iter().collect();
-    if options.no_guests {
-        eprintln!("skipped: real guests (--no-guests)");
-    } else {
+    if !options.no_guests {
         let ahead = [BUILD, FETCH].map(Ahead::begin);
         *AHEAD.lock().unwrap_or_else(PoisonError::into_inner) = ahead.into();
-        steps.extend(&GUESTS);
-    }
-    if options.full {
-        steps.extend(&FULL);
-    }
-    if let Some(from) = &options.from {
-        let first = steps.iter().position(|step| step.name.starts_with(from));
-        let first = first.with_context(|| {
-            let names: Vec<&str> = steps.iter().map(|step| step.name).collect();
-            format!("no step `{from}`; there are: {}", names.join("; "))
-        })?;
-        eprintln!("not run: the {first} steps before `{}`", steps[first].name);
-        steps.drain(..first);
     }
     let mut table = Vec::new();
     let mut failed = None;
@@ -312,6 +300,31 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
             Ok(false)
         }
     }
+}
+
+/// Those that are wanted, before anything is installed or built for them.
+fn steps(options: &Options) -> anyhow::Result<Vec<&'static Step>> {
+    let mut steps: Vec<&Step> = CHECKS.iter().collect();
+    match options.no_guests {
+        true => eprintln!("skipped: real guests (--no-guests)"),
+        false => steps.extend(&GUESTS),
+    }
+    if options.full {
+        steps.extend(&FULL);
+    }
+    if let Some(from) = &options.from {
+        let first = steps.iter().position(|step| step.name.starts_with(from));
+        let first = first.with_context(|| {
+            let names: Vec<&str> = steps.iter().map(|step| step.name).collect();
+            format!(
+                "`--from {from}`: no step's name begins so; there are: {}",
+                names.join("; ")
+            )
+        })?;
+        eprintln!("not run: the {first} steps before `{}`", steps[first].name);
+        steps.drain(..first);
+    }
+    Ok(steps)
 }
 
 /// Of all processes that have ended, those that were started ahead too.

@@ -56,7 +56,8 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     };
     let local = match local {
         "0" => 0,
-        other => port(other)?,
+        other => port(other)
+            .map_err(|why| format!("{why}; write PORT on 127.0.0.1, ADDRESS:PORT, or unix:PATH"))?,
     };
     let bind = match bind {
         None | Some("localhost") => IpAddr::from(Ipv4Addr::LOCALHOST),

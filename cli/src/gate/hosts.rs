@@ -21,6 +21,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use super::Lead;
 use super::problem::{Body, Problem};
 use crate::error::Failure;
 
@@ -78,71 +79,6 @@ impl Hosts {
         }
         hosts.take(said);
         Ok(hosts)
-    }
-
-    /// What clients of this proxy show to hosts, besides its certificate.
-    pub fn token(&self) -> Option<&HeaderValue> {
-        self.server.token()
-    }
-
-    /// The host that has a VM.
-    pub async fn find(self: &Arc<Self>, to: &Destination) -> Result<VmId, Problem> {
-        let look = || {
-            let now_ms = self.now_ms();
-            self.known()
-                .map
-                .look(&to.vm, None, to.host.as_ref(), now_ms)
-        };
-        let mut found = look();
-        if !found.ask.is_empty() {
-            let (this, vm) = (self.clone(), to.vm.clone());
-            let asked = tokio::spawn(async move { this.ask(&vm).await });
-            if found.place.is_none() {
-                let said = asked.await;
-                said.unwrap_or_else(|_| Err(self.silent("its answer was not waited for")))?;
-                found = look();
-            }
-        }
-        match found.place {
-            Some(Place::At(host)) => Ok(host),
-            Some(Place::Ambiguous(hosts)) => Err(ambiguous(&to.vm, &hosts)),
-            Some(Place::Unknown) | None => Err(Problem::unknown(&to.name())),
-        }
-    }
-
-    /// The host has said that it does not have the VM.
-    pub fn forget(&self, vm: &VmId, host: &VmId) {
-        self.known().map.forget(vm, host);
-    }
-
-    /// A connection to a host, for one request.
-    pub async fn reach(&self, host: &VmId) -> Result<SendRequest<Body>, Problem> {
-        let server = self.known().by_name.get(host).cloned();
-        let failed = |status, error, why: &str| {
-            let cause = format!("host `{host}`, which has the VM, is not reached from here: {why}");
-            Problem::new(status, error, cause).remedy(format!(
-                "see that aditd runs on `{host}`, and that the address that {} has for it leads there from this machine",
-                self.server
-            ))
-        };
-        let bad = |why: &str| failed(StatusCode::BAD_GATEWAY, "destination_unavailable", why);
-        let server = server.ok_or_else(|| bad("the server says no longer where it is"))?;
-        let reached = async {
-            let tls = server.connect().await.map_err(|e| bad(&with_cause(&e)))?;
-            let shaken = http1::handshake(TokioIo::new(tls)).await;
-            shaken.map_err(|e| bad(&e.to_string()))
-        };
-        let late = |_| {
-            failed(
-                StatusCode::GATEWAY_TIMEOUT,
-                "connection_timeout",
-                "it takes too long",
-            )
-        };
-        let (sender, connection) = timeout(REACH_LIMIT, reached).await.map_err(late)??;
-        // It ends with its request, whose failure says the same.
-        tokio::spawn(connection.with_upgrades());
-        Ok(sender)
     }
 
     /// Asks the server for a VM, on each host.
@@ -232,6 +168,69 @@ impl Hosts {
     /// The clock of the map.
     fn now_ms(&self) -> u64 {
         u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Lead for Arc<Hosts> {
+    fn token(&self) -> Option<&HeaderValue> {
+        self.server.token()
+    }
+
+    async fn find(&self, to: &Destination) -> Result<VmId, Problem> {
+        let look = || {
+            let now_ms = self.now_ms();
+            self.known()
+                .map
+                .look(&to.vm, None, to.host.as_ref(), now_ms)
+        };
+        let mut found = look();
+        if !found.ask.is_empty() {
+            let (this, vm) = (self.clone(), to.vm.clone());
+            let asked = tokio::spawn(async move { this.ask(&vm).await });
+            if found.place.is_none() {
+                let said = asked.await;
+                said.unwrap_or_else(|_| Err(self.silent("its answer was not waited for")))?;
+                found = look();
+            }
+        }
+        match found.place {
+            Some(Place::At(host)) => Ok(host),
+            Some(Place::Ambiguous(hosts)) => Err(ambiguous(&to.vm, &hosts)),
+            Some(Place::Unknown) | None => Err(Problem::unknown(&to.name())),
+        }
+    }
+
+    fn forget(&self, vm: &VmId, host: &VmId) {
+        self.known().map.forget(vm, host);
+    }
+
+    async fn reach(&self, host: &VmId) -> Result<SendRequest<Body>, Problem> {
+        let server = self.known().by_name.get(host).cloned();
+        let failed = |status, error, why: &str| {
+            let cause = format!("host `{host}`, which has the VM, is not reached from here: {why}");
+            Problem::new(status, error, cause).remedy(format!(
+                "see that aditd runs on `{host}`, and that the address that {} has for it leads there from this machine",
+                self.server
+            ))
+        };
+        let bad = |why: &str| failed(StatusCode::BAD_GATEWAY, "destination_unavailable", why);
+        let server = server.ok_or_else(|| bad("the server says no longer where it is"))?;
+        let reached = async {
+            let tls = server.connect().await.map_err(|e| bad(&with_cause(&e)))?;
+            let shaken = http1::handshake(TokioIo::new(tls)).await;
+            shaken.map_err(|e| bad(&e.to_string()))
+        };
+        let late = |_| {
+            failed(
+                StatusCode::GATEWAY_TIMEOUT,
+                "connection_timeout",
+                "it takes too long",
+            )
+        };
+        let (sender, connection) = timeout(REACH_LIMIT, reached).await.map_err(late)??;
+        // It ends with its request, whose failure says the same.
+        tokio::spawn(connection.with_upgrades());
+        Ok(sender)
     }
 }
 

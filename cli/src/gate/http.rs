@@ -7,11 +7,11 @@ use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use adit_reach::{Destination, authority};
+use adit_reach::{Destination, Suffix, authority};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::header::{
-    CONNECTION, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHORIZATION, TRANSFER_ENCODING,
+    CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHORIZATION, TRANSFER_ENCODING,
     UPGRADE, VIA,
 };
 use hyper::server::conn::http1;
@@ -22,7 +22,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::problem::{Body, NAME, Problem, whole};
-use super::{Ends, SAY_LIMIT, Shared};
+use super::{Ends, Lead, SAY_LIMIT, Shared};
 
 /// Port of `http://`.
 const HTTP: u16 = 80;
@@ -34,7 +34,7 @@ type Onward = Mutex<Option<(OnUpgrade, OnUpgrade)>>;
 pub async fn serve(
     client: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     ends: Ends,
-    shared: Arc<Shared>,
+    shared: Arc<Shared<impl Lead>>,
 ) -> io::Result<()> {
     let onward = Arc::new(Onward::default());
     let service = service_fn(|request| {
@@ -66,12 +66,12 @@ pub async fn serve(
 }
 
 async fn answer(
-    shared: &Shared,
+    shared: &Shared<impl Lead>,
     mut request: Request<Incoming>,
     onward: &Onward,
 ) -> Result<Response<Body>, Problem> {
     let connect = request.method() == Method::CONNECT;
-    let to = destination(shared, &request)?;
+    let to = destination(&shared.suffix, &request)?;
     let host = shared.hosts.find(&to).await?;
     let mut sender = shared.hosts.reach(&host).await?;
     let client = hyper::upgrade::on(&mut request);
@@ -112,7 +112,7 @@ async fn answer(
 
 /// Opens a tunnel for a client that speaks something else. `shown`: the field with its token.
 pub(super) async fn tunnel(
-    shared: &Shared,
+    shared: &Shared<impl Lead>,
     to: &Destination,
     shown: Option<&HeaderValue>,
 ) -> Result<Upgraded, Problem> {
@@ -136,7 +136,7 @@ pub(super) async fn tunnel(
 }
 
 /// Whom a request is for.
-fn destination(shared: &Shared, request: &Request<Incoming>) -> Result<Destination, Problem> {
+fn destination(suffix: &Suffix, request: &Request<Incoming>) -> Result<Destination, Problem> {
     let bad = |cause: &str| Problem::new(StatusCode::BAD_REQUEST, "http_request_error", cause);
     let uri = request.uri();
     let connect = request.method() == Method::CONNECT;
@@ -158,7 +158,7 @@ fn destination(shared: &Shared, request: &Request<Incoming>) -> Result<Destinati
         }
     };
     let port = (!connect).then_some(HTTP);
-    let to = authority::parse(&shared.suffix, named.as_str(), port);
+    let to = authority::parse(suffix, named.as_str(), port);
     to.map_err(|e| bad(&e.to_string()).remedy("write VM:PORT, or VM.HOST:PORT"))
 }
 
@@ -169,7 +169,7 @@ fn asks_for(to: &Destination, shown: Option<&HeaderValue>) -> Request<Body> {
     // What names a VM is a URI's authority.
     *request.uri_mut() = to.authority().parse().unwrap_or_default();
     if let Ok(host) = to.authority().parse() {
-        request.headers_mut().insert(hyper::header::HOST, host);
+        request.headers_mut().insert(HOST, host);
     }
     if let Some(shown) = shown {
         let mut shown = shown.clone();
@@ -187,6 +187,11 @@ fn onto(request: Request<Incoming>) -> Request<Body> {
     head.version = Version::HTTP_11;
     // Each has framing of its own.
     head.headers.remove(TRANSFER_ENCODING);
+    // A client of HTTP/1.0 needs none.
+    let named = head.uri.authority().map(|named| named.as_str().parse());
+    if let (None, Some(Ok(named))) = (head.headers.get(HOST), named) {
+        head.headers.insert(HOST, named);
+    }
     Request::from_parts(head, body.boxed())
 }
 

@@ -7,6 +7,7 @@
 //! | file | what it is |
 //! |---|---|
 //! | `hosts` | which host has a VM, as the server says, and how that host is spoken to |
+//! | `faked` | the same for tests: made up |
 //! | `http`, `socks` | what a client says |
 //! | `ahead` | a connection of which something was read |
 //! | `problem` | why not, as an answer: status, `Proxy-Status`, cause and remedy |
@@ -15,6 +16,8 @@
 //! reach what is decided by the host that has the VM; to it, all clients of this proxy are whoever its certificate and its token say.
 
 mod ahead;
+#[cfg(feature = "test-util")]
+pub mod faked;
 mod hosts;
 mod http;
 mod problem;
@@ -28,11 +31,17 @@ use std::time::Duration;
 use adit_client::Client;
 use adit_client::server::Server;
 use adit_guest_driver::conn::Conn;
-use adit_reach::Suffix;
+use adit_names::VmId;
+use adit_reach::{Destination, Suffix};
 use clap::Args;
+use hyper::StatusCode;
+use hyper::client::conn::http1::SendRequest;
+use hyper::header::HeaderValue;
 use rustix::net::{AddressFamily, sockopt};
 use serde_json::json;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, copy_bidirectional_with_sizes};
+use tokio::io::{
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, copy_bidirectional_with_sizes, sink,
+};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
@@ -45,6 +54,7 @@ use crate::text::{Format, escape};
 
 use ahead::Ahead;
 use hosts::Hosts;
+use problem::{Body, Problem};
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 256;
@@ -54,6 +64,11 @@ const SAY_LIMIT: Duration = Duration::from_secs(10);
 const PIECE: usize = 64 << 10;
 /// First byte of SOCKS5, which no method of HTTP begins with.
 const SOCKS5: u8 = 5;
+/// The first line of whoever begins with HTTP/2 (RFC 9113 §3.4), which no request of HTTP/1 has.
+const HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n";
+/// Bytes that are read of a client that is not served, and for how long.
+const REST_MAX: u64 = 64 << 10;
+const REST_LIMIT: Duration = Duration::from_secs(1);
 /// How soon a client is taken again after that has failed.
 const AGAIN: Duration = Duration::from_millis(200);
 
@@ -80,9 +95,25 @@ pub struct Gate {
 }
 
 /// What all clients need.
-pub struct Shared {
-    hosts: Arc<Hosts>,
+pub struct Shared<H> {
+    hosts: H,
     suffix: Suffix,
+}
+
+/// Who knows which host has a VM, and leads there.
+pub trait Lead: Send + Sync + 'static {
+    /// What clients of this proxy show to hosts, besides its certificate.
+    fn token(&self) -> Option<&HeaderValue>;
+
+    /// The host that has a VM.
+    fn find(&self, to: &Destination) -> impl Future<Output = Result<VmId, Problem>> + Send;
+
+    /// A connection to a host, for one request.
+    fn reach(&self, host: &VmId)
+    -> impl Future<Output = Result<SendRequest<Body>, Problem>> + Send;
+
+    /// The host has said that it does not have the VM.
+    fn forget(&self, vm: &VmId, host: &VmId);
 }
 
 pub async fn run(
@@ -128,9 +159,13 @@ pub async fn run(
 }
 
 /// Takes clients, for good.
-async fn serve(listener: Listener, shared: Arc<Shared>, at: String, format: Format) {
+async fn serve(listener: Listener, shared: Arc<Shared<impl Lead>>, at: String, format: Format) {
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
+        if room.available_permits() == 0 {
+            let message = format!("{CONNECTIONS_MAX} connections are open: the next ones wait");
+            tell(&at, &Failure::new("busy", message), format);
+        }
         // It is never closed.
         let Ok(permit) = room.clone().acquire_owned().await else {
             return;
@@ -153,19 +188,45 @@ async fn serve(listener: Listener, shared: Arc<Shared>, at: String, format: Form
 }
 
 /// Serves one client.
-async fn one(client: OwnedFd, shared: Arc<Shared>) -> io::Result<()> {
+async fn one(client: OwnedFd, shared: Arc<Shared<impl Lead>>) -> io::Result<()> {
     let ends = Ends(Conn::from(client.as_fd().try_clone_to_owned()?));
     let mut client = stream(client)?;
-    let mut first = [0];
-    let said = timeout(SAY_LIMIT, client.read(&mut first)).await;
-    if said.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?? == 0 {
-        return Ok(());
+    let said = timeout(SAY_LIMIT, first(&mut client)).await;
+    let said = said.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    match &*said {
+        [] => Ok(()),
+        HTTP2 => {
+            let cause = "this proxy speaks HTTP/1.1 and SOCKS5 with its clients, and no HTTP/2";
+            let problem = Problem::new(
+                StatusCode::HTTP_VERSION_NOT_SUPPORTED,
+                "http_protocol_error",
+                cause,
+            )
+            .remedy("turn HTTP/2 off for the proxy; over CONNECT it may be spoken with the VM");
+            client.write_all(problem.text().as_bytes()).await?;
+            client.shutdown().await?;
+            // What it has said behind that, and nobody reads, would take the answer away from it.
+            let mut rest = client.take(REST_MAX);
+            let rest = timeout(REST_LIMIT, copy(&mut rest, &mut sink())).await;
+            rest.map_or(Ok(()), |read| read.map(drop))
+        }
+        [SOCKS5, ..] => socks::serve(Ahead::new(&said, client), ends, shared).await,
+        _ => http::serve(Ahead::new(&said, client), ends, shared).await,
     }
-    let client = Ahead::new(&first, client);
-    match first {
-        [SOCKS5] => socks::serve(client, ends, shared).await,
-        _ => http::serve(client, ends, shared).await,
+}
+
+/// Reads what a client begins with, for as long as that may be [`HTTP2`]. Empty: it says nothing.
+async fn first(client: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
+    let mut said = Vec::new();
+    while said.len() < HTTP2.len() && HTTP2.starts_with(&said) {
+        let mut piece = [0; HTTP2.len()];
+        let room = &mut piece[said.len()..];
+        match client.read(room).await? {
+            0 => break,
+            n => said.extend_from_slice(&room[..n]),
+        }
     }
+    Ok(said)
 }
 
 /// A second descriptor of a client's socket, by which its close is an end or a break.

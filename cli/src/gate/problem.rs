@@ -47,14 +47,39 @@ impl Problem {
         )
     }
 
-    /// The answer.
-    pub fn response(&self) -> Response<Body> {
-        let shown = |text: &str| adit_names::escape(text).at_most(SHOWN_MAX).to_string();
+    /// What people read.
+    fn lines(&self) -> String {
         let (cause, remedy) = (shown(&self.cause), shown(&self.remedy));
-        let text = match remedy.is_empty() {
+        match remedy.is_empty() {
             true => format!("{cause}\n"),
             false => format!("{cause}\n{remedy}\n"),
-        };
+        }
+    }
+
+    fn proxy_status(&self) -> String {
+        let quoted = shown(&self.cause)
+            .replace('\\', "\\\\")
+            .replace('"', "\\\"");
+        // A string of RFC 8941 has no other characters.
+        let quoted: String = quoted.chars().filter(|c| c.is_ascii()).collect();
+        format!("{NAME}; error={}; details=\"{quoted}\"", self.error)
+    }
+
+    /// The answer as bytes of HTTP/1.1, for a client that is not served at all.
+    pub fn text(&self) -> String {
+        let text = self.lines();
+        format!(
+            "HTTP/1.1 {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\
+             Proxy-Status: {}\r\n\r\n{text}",
+            self.status,
+            text.len(),
+            self.proxy_status(),
+        )
+    }
+
+    /// The answer.
+    pub fn response(&self) -> Response<Body> {
+        let text = self.lines();
         let mut response = Response::new(whole(text));
         *response.status_mut() = self.status;
         let head = response.headers_mut();
@@ -62,11 +87,7 @@ impl Problem {
             CONTENT_TYPE,
             HeaderValue::from_static("text/plain; charset=utf-8"),
         );
-        let quoted = cause.replace('\\', "\\\\").replace('"', "\\\"");
-        // A string of RFC 8941 has no other characters.
-        let quoted: String = quoted.chars().filter(|c| c.is_ascii()).collect();
-        let status = format!("{NAME}; error={}; details=\"{quoted}\"", self.error);
-        if let Ok(status) = HeaderValue::from_str(&status) {
+        if let Ok(status) = HeaderValue::from_str(&self.proxy_status()) {
             head.insert("proxy-status", status);
         }
         response
@@ -76,6 +97,11 @@ impl Problem {
     pub fn code(&self) -> Code {
         code(self.status)
     }
+}
+
+/// A text that another may have written.
+fn shown(text: &str) -> String {
+    adit_names::escape(text).at_most(SHOWN_MAX).to_string()
 }
 
 /// What an answer's status says.

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::ahead::Ahead;
-use super::{Ends, SAY_LIMIT, Shared, http};
+use super::{Ends, Lead, SAY_LIMIT, Shared, http};
 
 /// Bytes that are read at once.
 const PIECE: usize = 2048;
@@ -20,7 +20,7 @@ const PIECE: usize = 2048;
 pub async fn serve(
     mut client: impl AsyncRead + AsyncWrite + Send + Unpin,
     ends: Ends,
-    shared: Arc<Shared>,
+    shared: Arc<Shared<impl Lead>>,
 ) -> io::Result<()> {
     let said = timeout(SAY_LIMIT, asked(&mut client)).await;
     let said = said.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;

@@ -144,7 +144,10 @@ fn read(file: &PathBuf) -> Result<String, Failure> {
         Some("-") => std::io::stdin().read_to_string(&mut text).map(drop),
         _ => fs::read_to_string(file).map(|t| text = t),
     };
-    done.map_err(|e| Failure::io(&format!("cannot read {}", file.display()), &e))?;
+    done.map_err(|e| {
+        Failure::io(&format!("cannot read {}", file.display()), &e)
+            .help("name the file with the goal's steps (YAML), or a signed goal (`--save`); `-` is standard input")
+    })?;
     Ok(text)
 }
 

@@ -32,6 +32,7 @@ impl Destination {
         let uri = uri::name(name).map_err(|why| {
             let message = format!("`{name}` is no adit://HOST/VM/SERVICE: {why}");
             Failure::new("usage", message)
+                .help("such as adit:///web-1/80, or adit://alpha/web-1/docker of the host `alpha`")
         })?;
         let (name, port) = match uri {
             Some((name, of_uri)) => match (port, of_uri) {

@@ -24,7 +24,7 @@ pub fn name(text: &str) -> Result<Option<(String, Option<u16>)>, String> {
     let (Some(host), Some(vm), Some(service), None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
     else {
-        return Err("it has three parts".into());
+        return Err("it has three parts, of which only HOST may be empty".into());
     };
     let label = |what: &str, text: &str| {
         let parsed = text.parse::<VmId>();
@@ -35,6 +35,12 @@ pub fn name(text: &str) -> Result<Option<(String, Option<u16>)>, String> {
         "" => vm,
         host => format!("{vm}.{}", label("host", host)?),
     };
+    if service.is_empty() {
+        return Err(
+            "it ends without a service: write a port, vsock:PORT, or what the guest has a name for"
+                .into(),
+        );
+    }
     let digits = service.strip_prefix("tcp:").unwrap_or(service);
     if digits.bytes().all(|b| b.is_ascii_digit()) {
         let port = super::port(digits)?;

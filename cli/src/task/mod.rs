@@ -16,7 +16,7 @@ use crate::output::{self as print, duration};
 use crate::text::{Format, escape};
 use crate::{completion, goal};
 
-pub use ls::{LISTED, at_least_one, list, say_more};
+pub use ls::{LISTED, at_least_one, list, of_all_hosts, say_more, say_more_of_hosts};
 pub use watch::watch;
 
 const WATCH_EXAMPLE: &str = "\

@@ -225,3 +225,110 @@ fn a_list_whose_pages_do_not_go_on_is_refused_and_not_asked_for_for_ever() {
     assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
     assert!(text(&out.stderr).contains("bad-answer"));
 }
+
+#[test]
+fn lists_of_all_hosts_have_hosts_and_a_silent_one_is_named_and_is_the_exit_status() {
+    let fake = Fake::start(|asked| {
+        let mut of_beta = task('a', "one", 1, "failed");
+        of_beta["host"] = json!("beta");
+        let silent = |is: bool| match is {
+            true => {
+                json!([{"host": "gamma", "why": "it is cut off"}, {"host": "delta", "why": "x"}])
+            }
+            false => json!([]),
+        };
+        let goal = json!({
+            "goal_id": GOAL, "digest": "00", "signer": "aa", "key_seq": 1, "accepted_at": "2026-11-20T22:00:00Z",
+            "not_before": "2026-11-20T22:00:00Z", "not_after": "2026-12-20T22:00:00Z",
+            "vms": 3, "steps": 1, "open": 1, "done": 1, "failed": 1, "hosts": ["alpha", "beta"],
+        });
+        match asked.path.as_str() {
+            "/v1/all-hosts/tasks?newest=100" => {
+                Say::Json(json!({"tasks": [of_beta], "earlier": true, "silent": silent(true)}))
+            }
+            "/v1/all-hosts/tasks?newest=500&state=failed" => {
+                Say::Json(json!({"tasks": [of_beta], "earlier": false, "silent": silent(false)}))
+            }
+            "/v1/all-hosts/goals?newest=100" => {
+                Say::Json(json!({"goals": [goal], "earlier": false, "silent": silent(true)}))
+            }
+            "/v1/all-hosts/goals?newest=5" => {
+                Say::Json(json!({"goals": [goal], "earlier": true, "silent": silent(false)}))
+            }
+            "/v1/resolve" => Say::Json(json!({
+                "vms": [
+                    {"name": "a", "host": "alpha", "live": true},
+                    {"name": "b", "host": "beta", "live": false, "by_map_of": "alpha"},
+                ],
+                "silent": [],
+            })),
+            _ => Say::Error(404, "unknown-path"),
+        }
+    });
+    let run = |args: &[&str]| {
+        let out = fake.adit(args);
+        let (list, said) = (text(&out.stdout), text(&out.stderr));
+        (out.status.code(), list, said)
+    };
+    for what in ["task", "goal"] {
+        let (code, list, said) = run(&[what, "ls", "--all-hosts"]);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(list.contains("beta"), "{list}");
+        for words in [
+            "error[silent-host]",
+            "`gamma`",
+            "it is cut off",
+            "`delta`",
+            "help: ",
+        ] {
+            assert!(said.contains(words), "{said}");
+        }
+    }
+    let (_, list, said) = run(&["task", "ls", "--all-hosts"]);
+    assert!(list.contains("VM.HOST") && list.contains(".beta"), "{list}");
+    assert!(said.contains("older ones"), "{said}");
+    let args = [
+        "task",
+        "ls",
+        "--all-hosts",
+        "--state",
+        "failed",
+        "--limit",
+        "500",
+    ];
+    let (code, list, said) = run(&args);
+    assert!(code == Some(0) && said.is_empty(), "{said}");
+    assert_eq!(list.lines().count(), 2, "{list}");
+    let (code, list, said) = run(&["goal", "ls", "--all-hosts", "--limit", "5"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(
+        list.contains("HOSTS") && list.contains("alpha,beta"),
+        "{list}"
+    );
+    assert!(said.contains("newest 1 goals of all hosts"), "{said}");
+    // An aditd of before has no such list.
+    let (code, _, said) = run(&["goal", "ls", "--all-hosts", "--limit", "7"]);
+    assert!(code == Some(1) && said.contains("version before"), "{said}");
+    // What one host lists has no column for hosts; more than there may be, and what makes no sense together.
+    for args in [
+        &["task", "ls", "--all-hosts", "--limit", "501"][..],
+        &["goal", "ls", "--all-hosts", "--limit", "501"],
+        &["goal", "ls", "--all-hosts", "--all"],
+        &["task", "ls", "--all-hosts", "--all"],
+        &["task", "ls", "--all-hosts", "--vm", "a"],
+    ] {
+        let (code, list, said) = run(args);
+        assert!(code == Some(2) && list.is_empty(), "{args:?}: {said}");
+    }
+    let (code, list, said) = run(&["vm", "ls", "--all-hosts"]);
+    assert_eq!(code, Some(0), "{said}");
+    let lines: Vec<Vec<&str>> = list
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(lines[1], ["a", "alpha", "live", "-", "alpha"]);
+    assert_eq!(
+        lines[2],
+        ["b", "beta", "-", "-", "the", "map", "of", "alpha"]
+    );
+}

@@ -15,6 +15,7 @@ mod forwarding;
 mod goals;
 mod image;
 mod lists;
+mod mistakes;
 mod printing;
 mod proxy;
 mod ssh;

@@ -11,6 +11,9 @@ use crate::{ConfigStatus, GrantShown, Vm, VmFault, VmState};
 /// What to do about a configuration file that aditd has refused.
 pub const CONFIG_REFUSED: &str =
     "it goes on with what it had: mend the file, then `systemctl reload aditd`";
+/// What to do about a kernel that does not say who local clients are.
+pub const USERS_UNKNOWN: &str = "`modprobe tcp_diag` (a kernel with CONFIG_INET_TCP_DIAG), then `systemctl restart aditd`; until then users reach VMs over a \
+                                 listener at `unix:PATH`, or with a token";
 /// What to do about a guest that has no key of a manager.
 pub const NO_GOAL_KEYS: &str = "it runs no task; put a key into the guest's trust_dir";
 /// From how far on a guest's clock is wrong. Goals are valid by it.
@@ -135,7 +138,14 @@ pub fn of_host(config: &ConfigStatus) -> Vec<Finding> {
             "`systemctl restart aditd` when it suits; tunnels go on",
         ),
     };
-    vec![ok("host", format!("aditd {version} answers")), file]
+    let users = config.users_unknown.as_ref().map(|why| {
+        let says = format!(
+            "over TCP nobody knows which user a client is, and grants to users do not count: {why}"
+        );
+        failed("users", says, USERS_UNKNOWN)
+    });
+    let all = [ok("host", format!("aditd {version} answers")), file];
+    all.into_iter().chain(users).collect()
 }
 
 /// Looks at a host that does not tell us of its configuration.

@@ -34,7 +34,9 @@
 //! | `POST /v1/vms/{name}/agent` | `AgentOrder` → `AgentAnswer`, once the guest has the program on its disk: it was sent before. 422 with the guest's own word (`agent-below-floor`, …) where it refuses |
 //! | `GET /v1/access?as=CALLER&verb=VERB&vm=NAME&target=TARGET` | → `AccessDecision`: what the proxy would decide. CALLER is `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME`, `network:NAME`, `anyone` or `owner`; of a user its groups count |
 //! | `GET /v1/resolve/{name}` | `VM` or `VM.HOST` → `Resolution`: the host that has it, and what each claims. Other hosts are asked |
-//! | `GET /v1/resolve` | → `AllVms`: those of all hosts |
+//! | `GET /v1/resolve` | → `AllVms`: those of all hosts, and the rows of this host's map |
+//! | `GET /v1/all-hosts/goals?newest=N` | → `AllGoals`: the newest N (at most 500) of all hosts, each once |
+//! | `GET /v1/all-hosts/tasks?newest=N&goal=&state=` | → `AllTasks`: the same of tasks |
 //! | `GET /v1/hosts` | → `Vec<HostShown>`: where clients reach the proxies of this host and of those that it knows |
 //! | `GET /v1/grants?vm=NAME` | → `Vec<GrantShown>`: all, or those about a VM; `limit` and `after` as of `/v1/vms` |
 //! | `GET /v1/config` | → `ConfigStatus`: what became of the configuration file |
@@ -187,6 +189,9 @@ pub struct VmAt {
     /// Generation of its card, where that host believes one.
     #[serde(default)]
     pub generation: Option<u64>,
+    /// The host whose map file says so, where the one that has it does not; none: that one has said it itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by_map_of: Option<String>,
 }
 
 /// Where a name leads.
@@ -527,6 +532,9 @@ pub struct ConfigStatus {
     /// The version of aditd.
     #[serde(default)]
     pub version: Option<String>,
+    /// Why users of this host who come over TCP are not known, so that grants to them do not count there; none: they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users_unknown: Option<String>,
 }
 
 /// Most bytes of a file that one request brings.
@@ -658,6 +666,33 @@ pub struct GoalSummary {
     pub done: u32,
     /// Steps on VMs that ended otherwise.
     pub failed: u32,
+    /// The hosts whose tasks are counted, where several were asked; empty: this one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<String>,
+}
+
+/// Goals of all hosts.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllGoals {
+    /// The newest, by the time at which they were accepted first.
+    pub goals: Vec<GoalSummary>,
+    /// There are older ones.
+    pub earlier: bool,
+    /// Hosts that did not say what they have, and why.
+    pub silent: Vec<Silent>,
+}
+
+/// Tasks of all hosts.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllTasks {
+    /// The newest, by the time at which they were queued.
+    pub tasks: Vec<Task>,
+    /// There are older ones.
+    pub earlier: bool,
+    /// Hosts that did not say what they have, and why.
+    pub silent: Vec<Silent>,
 }
 
 /// One task: one attempt of one step for one VM.

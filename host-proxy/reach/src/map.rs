@@ -74,6 +74,11 @@ impl VmMap {
         self.rows = rows;
     }
 
+    /// What the file says.
+    pub fn rows(&self) -> &Rows {
+        &self.rows
+    }
+
     /// What the file says of a VM: as if its host had said it just now, of a guest that runs.
     fn row(&self, vm: &VmId) -> Option<Claim<VmId>> {
         self.rows.get(vm).map(|host| Claim {

@@ -41,7 +41,10 @@ pub fn parse(
             if words.is_empty() {
                 continue;
             }
-            let why = format!("it takes a VM and a host, and has {} words", words.len());
+            let why = format!(
+                "a line has two words, a VM and its host, and this one has {}",
+                words.len()
+            );
             return Err(wrong(why));
         };
         let name = |text: &str| {

@@ -197,10 +197,14 @@ impl Caller {
     }
 }
 
-/// The most telling name.
+/// The most telling name. The certificate of another host is that of all who come by way of it: of these a name that it vouches for
+/// tells more.
 impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.subjects.first() {
+        let mut names = self.0.subjects.iter();
+        let of_one = |name: &&Subject| !matches!(name, Subject::Cert(_) | Subject::Anyone);
+        let vouched = self.0.via.as_ref().and_then(|_| names.clone().find(of_one));
+        match vouched.or_else(|| names.next()) {
             _ if self.0.is_owner => f.pad("owner"),
             Some(Subject::Anyone) | None => f.pad(Self::NOBODY),
             Some(subject) => match &self.0.via {
@@ -243,6 +247,22 @@ mod tests {
         assert_eq!(both.subjects().len(), 6);
         assert_eq!(both.from(), "127.0.0.1:1");
         assert!(!Caller::owner().is_anonymous());
+    }
+
+    #[test]
+    fn r126_by_way_of_another_host_somebody_is_called_by_what_it_vouches_for_and_else_by_its_certificate()
+     {
+        let cert: Subject = "cert:alpha".parse().unwrap();
+        let (host, user) = ("alpha".parse().unwrap(), "user:deploy".parse().unwrap());
+        let of_host = Caller::anonymous("192.0.2.1:9").with([cert]);
+        let nobody = of_host.by_way_of(&host, vec![]);
+        assert_eq!(nobody.to_string(), "cert:alpha via alpha");
+        let vouched = of_host.by_way_of(&host, vec![user]);
+        assert_eq!(vouched.to_string(), "user:deploy via alpha");
+        let names: Vec<_> = vouched.subjects().iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["cert:alpha", "user:deploy", "anyone"]);
+        let token = of_host.by_way_of(&host, vec!["token:ci".parse().unwrap()]);
+        assert_eq!(token.to_string(), "token:ci via alpha");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use adit_api::doctor::USERS_UNKNOWN;
 use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, SetOnce};
@@ -34,7 +35,8 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// Who finds it out.
 pub struct Callers {
-    diag: Option<Diag>,
+    /// Or why nobody can be asked.
+    diag: Result<Diag, String>,
     monitor: Monitor,
     known: Mutex<HashMap<u32, Known>>,
     looks: Semaphore,
@@ -112,10 +114,12 @@ impl Asking {
 
 impl Callers {
     /// `socket` asks the kernel; without one, users of TCP stay unknown.
-    pub fn new(monitor: Monitor, socket: Option<Socket>, tokens: Tokens) -> Arc<Self> {
-        let diag = socket.and_then(|socket| Diag::start(socket).ok());
-        if diag.is_none() {
+    pub fn new(monitor: Monitor, socket: io::Result<Socket>, tokens: Tokens) -> Arc<Self> {
+        let diag = socket.and_then(Diag::start).map_err(|e| e.to_string());
+        if let Err(error) = &diag {
             tracing::warn!(
+                error,
+                remedy = USERS_UNKNOWN,
                 "the kernel cannot be asked who local clients are: over TCP, grants to users do not count"
             );
         }
@@ -126,6 +130,11 @@ impl Callers {
             looks: Semaphore::new(LOOKS_MAX),
             tokens: RwLock::new(Arc::new(tokens)),
         })
+    }
+
+    /// Why users of this host who come over TCP are not known; none: they are.
+    pub fn unknown_users(&self) -> Option<&str> {
+        self.diag.as_ref().err().map(String::as_str)
     }
 
     /// Replaces the tokens, and forgets what was known of users.
@@ -150,14 +159,14 @@ impl Callers {
         client: SocketAddr,
     ) -> io::Result<Asking> {
         let nobody = Caller::anonymous(client);
-        if self.diag.is_none() || !client.ip().to_canonical().is_loopback() {
+        if self.diag.is_err() || !client.ip().to_canonical().is_loopback() {
             return Ok(Asking::known(nobody));
         }
         let server = connection.local_addr()?;
         let cookie = sockopt::socket_cookie(connection)?;
         let this = self.clone();
         Ok(Asking::find(async move {
-            let Some(diag) = &this.diag else {
+            let Ok(diag) = &this.diag else {
                 return nobody;
             };
             match diag.user(client, server, cookie).await {
@@ -264,7 +273,12 @@ mod tests {
         let driven = client.clone();
         tokio::spawn(async move { driven.drive(packets, |_| {}).await });
         let monitor = Packets::new(theirs, Closer::default()).unwrap();
-        let callers = Callers::new(Monitor::There(client), None, Tokens::default());
+        let callers = Callers::new(
+            Monitor::There(client),
+            Err(io::ErrorKind::Unsupported.into()),
+            Tokens::default(),
+        );
+        assert!(callers.unknown_users().is_some());
         // Many clients of each of many users, and no answer: each is known by its number.
         let asking: Vec<_> = (0..4000)
             .map(|n| callers.of_user(5000 + n % 2000))

@@ -17,7 +17,9 @@ use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{
     AF_INET, AF_INET6, IPPROTO_TCP, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2,
 };
-use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_packet_sock_diag::inet::{
+    ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags,
+};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recvmsg, sendmsg,
@@ -94,6 +96,25 @@ impl Socket {
         Ok(here.filter(|here| here.cookie == cookie).map(|_| user))
     }
 
+    /// Checks that the kernel knows of TCP sockets, by one that listens there.
+    ///
+    /// # Errors
+    /// It cannot be asked, or has no `tcp_diag`: it says of no socket that it is there, then.
+    pub fn check(&self, listener: SocketAddr) -> io::Result<()> {
+        let listener = canonical(listener);
+        let nobody = match listener {
+            SocketAddr::V4(_) => SocketAddr::from(([0; 4], 0)),
+            SocketAddr::V6(_) => SocketAddr::from(([0_u16; 8], 0)),
+        };
+        match self.find(listener, nobody, 0)? {
+            Some(_) => Ok(()),
+            None => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the kernel has no tcp_diag",
+            )),
+        }
+    }
+
     /// The end of a connection that is at `near`.
     fn end(&self, near: SocketAddr, far: SocketAddr, nth: u32) -> io::Result<Option<End>> {
         let (near, far) = (canonical(near), canonical(far));
@@ -112,6 +133,32 @@ impl Socket {
     }
 
     fn ask(&self, near: SocketAddr, far: SocketAddr, nth: u32) -> io::Result<Option<End>> {
+        let Some(found) = self.find(near, far, nth)? else {
+            return Ok(None);
+        };
+        // What is asked for with a wildcard could be another's.
+        let is_it = found.socket_id.source_port == near.port()
+            && found.socket_id.destination_port == far.port()
+            && found.socket_id.source_address == near.ip()
+            && found.socket_id.destination_address == far.ip();
+        // A client may have ended its sending already.
+        let is_open = matches!(
+            found.state,
+            TCP_ESTABLISHED | TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_CLOSE_WAIT
+        );
+        Ok((is_it && is_open).then(|| End {
+            user: (found.inode != 0).then_some(found.uid),
+            cookie: u64::from_ne_bytes(found.socket_id.cookie),
+        }))
+    }
+
+    /// What the kernel says of a socket.
+    fn find(
+        &self,
+        near: SocketAddr,
+        far: SocketAddr,
+        nth: u32,
+    ) -> io::Result<Option<InetResponseHeader>> {
         let mut header = NetlinkHeader::default();
         (header.flags, header.sequence_number) = (NLM_F_REQUEST, nth);
         let request = InetRequest {
@@ -156,21 +203,7 @@ impl Socket {
             }
             return Ok(match message.payload {
                 NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => {
-                    let found = &found.header;
-                    // What is asked for with a wildcard could be another's.
-                    let is_it = found.socket_id.source_port == near.port()
-                        && found.socket_id.destination_port == far.port()
-                        && found.socket_id.source_address == near.ip()
-                        && found.socket_id.destination_address == far.ip();
-                    // A client may have ended its sending already.
-                    let is_open = matches!(
-                        found.state,
-                        TCP_ESTABLISHED | TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_CLOSE_WAIT
-                    );
-                    (is_it && is_open).then(|| End {
-                        user: (found.inode != 0).then_some(found.uid),
-                        cookie: u64::from_ne_bytes(found.socket_id.cookie),
-                    })
+                    Some(found.header)
                 }
                 _ => None,
             });
@@ -212,7 +245,7 @@ impl Diag {
 }
 
 fn answer_all(socket: &Socket, questions: &Receiver<Question>) {
-    let mut nth = 0_u32;
+    let (mut nth, mut is_told) = (0_u32, false);
     while let Ok(question) = questions.recv() {
         nth = nth.wrapping_add(1);
         if question.answer.is_closed() {
@@ -225,10 +258,19 @@ fn answer_all(socket: &Socket, questions: &Receiver<Question>) {
             ..
         } = question;
         let user = socket.user(client, server, cookie, nth);
-        let user = user.unwrap_or_else(|e| {
-            tracing::warn!(error = %e, "the kernel does not say who a local client is");
-            None
-        });
+        let user = match user {
+            Ok(user) => {
+                is_told = false;
+                user
+            }
+            // Clients choose how often it is asked.
+            Err(e) => {
+                if !std::mem::replace(&mut is_told, true) {
+                    tracing::warn!(error = %e, "the kernel does not say who a local client is");
+                }
+                None
+            }
+        };
         // Whoever asked may have gone.
         let _ = question.answer.send(user);
     }
@@ -272,6 +314,22 @@ mod tests {
             drop(client);
             assert_eq!(user(&socket, &server), None, "{at}: closed");
         }
+    }
+
+    #[test]
+    fn a_kernel_that_knows_no_socket_is_told_from_one_that_does_by_a_listener() {
+        let socket = Socket::open().unwrap();
+        for at in ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0"] {
+            let Ok(listener) = TcpListener::bind(at) else {
+                println!("skipped: no {at}");
+                continue;
+            };
+            socket.check(listener.local_addr().unwrap()).unwrap();
+        }
+        // Nobody listens on port 0: so a kernel answers that has no tcp_diag.
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let e = socket.check(nowhere).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::Unsupported);
     }
 
     #[test]

@@ -405,13 +405,13 @@ fn shown(
 }
 
 /// Whether a host may say anything of a task's VM. It is named in it then.
-fn claimed(host: &Host, task: &mut Task) -> bool {
+pub(super) fn claimed(host: &Host, task: &mut Task) -> bool {
     task.host = Some(host.config.name.to_string());
     task.vm.parse().is_ok_and(|vm| host.config.may_claim(&vm))
 }
 
 /// Asks every other host; none is asked for whoever comes by way of one.
-async fn ask_all(
+pub(super) async fn ask_all(
     state: &App,
     asks: &Asks,
     path: &str,
@@ -432,8 +432,18 @@ async fn ask_all(
 }
 
 /// Whether a host has said that it has nothing of the kind for whoever asks.
-fn says_none(e: &NotDone) -> bool {
+pub(super) fn says_none(e: &NotDone) -> bool {
     matches!(e, NotDone::Refused { status, .. } if status.is_client_error())
+}
+
+/// A host that has not said what it has.
+pub(super) fn silent(host: &str, e: &NotDone) -> Silent {
+    Silent {
+        host: host.into(),
+        why: adit_names::escape(&e.to_string())
+            .at_most(SHOWN_MAX)
+            .to_string(),
+    }
 }
 
 /// What other hosts have of a goal, and those that do not say.
@@ -451,12 +461,7 @@ pub(super) async fn goal(
         match answer.and_then(|answer| shown(&host, &answer, id, digest)) {
             Ok(goal) => goals.push(goal),
             Err(e) if says_none(&e) => {}
-            Err(e) => silent.push(Silent {
-                host: host.config.name.to_string(),
-                why: adit_names::escape(&e.to_string())
-                    .at_most(SHOWN_MAX)
-                    .to_string(),
-            }),
+            Err(e) => silent.push(self::silent(host.config.name.as_str(), &e)),
         }
     }
     // Of two that differ, neither is to be believed more: the one of the first counts.
@@ -726,6 +731,6 @@ pub(super) async fn pass_on(
 }
 
 /// Whether a text is a goal's id, as it may be put into a path.
-fn is_id(text: &str) -> bool {
+pub(super) fn is_id(text: &str) -> bool {
     text.len() == 36 && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
 }

@@ -4,6 +4,7 @@
 //! filters that name nothing); `asks` knows who makes a request, and `rules` what that takes; here is the rest, and how a request fails.
 
 mod access;
+mod all_hosts;
 mod asks;
 mod blobs;
 mod discovery;
@@ -93,6 +94,8 @@ fn own() -> OpenApiRouter<App> {
         .routes(routes!(resolve::one))
         .routes(routes!(resolve::all))
         .routes(routes!(resolve::hosts))
+        .routes(routes!(all_hosts::goals))
+        .routes(routes!(all_hosts::tasks))
         .routes(routes!(vms::list, vms::add))
         .routes(routes!(vms::show, vms::change, vms::remove))
         .routes(routes!(vms::reload))
@@ -370,7 +373,16 @@ async fn shutdown(Shared(state): Shared<App>, Query(q): Query<ShutdownQuery>) ->
     responses((status = 200, body = ConfigStatus, description = "Of the last time that it was read"))
 )]
 async fn config(Shared(state): Shared<App>) -> Json<ConfigStatus> {
-    Json(state.reloads.show())
+    Json(status(&state, state.reloads.show()))
+}
+
+/// With what else a host may lack.
+fn status(state: &State, shown: ConfigStatus) -> ConfigStatus {
+    let users_unknown = state.callers.unknown_users().map(str::to_owned);
+    ConfigStatus {
+        users_unknown,
+        ..shown
+    }
 }
 
 /// Has the configuration read again, and waits for what becomes of it.
@@ -392,7 +404,7 @@ async fn reload(Shared(state): Shared<App>) -> Answer<ConfigStatus> {
     })?;
     let read = state.reloads.read_after(&before);
     match tokio::time::timeout(RELOAD_LIMIT, read).await {
-        Ok(status) => Ok(Json(status)),
+        Ok(shown) => Ok(Json(status(&state, shown))),
         Err(_) => {
             let message =
                 format!("the configuration was not read and applied within {RELOAD_LIMIT:?}");

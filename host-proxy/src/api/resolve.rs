@@ -43,6 +43,7 @@ pub(super) async fn one(
         host: claim.host.to_string(),
         live: claim.live,
         generation: claim.generation,
+        by_map_of: None,
     });
     let mut claims: Vec<_> = own.into_iter().chain(others).collect();
     claims.sort_by(|a, b| a.host.cmp(&b.host));
@@ -103,6 +104,7 @@ pub(super) async fn all(Shared(state): Shared<App>) -> Json<AllVms> {
                 };
                 let claimed = answer.vms.into_iter().filter(may).map(|vm| VmAt {
                     host: host.config.name.to_string(),
+                    by_map_of: None,
                     ..vm
                 });
                 vms.extend(claimed);
@@ -111,6 +113,20 @@ pub(super) async fn all(Shared(state): Shared<App>) -> Json<AllVms> {
                 host: host.config.name.to_string(),
                 why: adit_names::escape(&e.to_string()).to_string(),
             }),
+        }
+    }
+    let rows = state.peers.map().rows().clone();
+    let own = state.host().map_or_else(String::new, ToString::to_string);
+    for (vm, host) in rows {
+        let is = |at: &VmAt| at.name == vm.as_str() && at.host == host.as_str();
+        if !vms.iter().any(is) {
+            vms.push(VmAt {
+                name: vm.to_string(),
+                host: host.to_string(),
+                live: false,
+                generation: None,
+                by_map_of: Some(own.clone()),
+            });
         }
     }
     vms.sort_by(|a, b| (&a.name, &a.host).cmp(&(&b.name, &b.host)));

@@ -32,7 +32,7 @@ use Takes::{Handler, Host, Name, Nothing, Vm};
 use Verb::{Manage, See};
 
 /// The table.
-pub(super) const RULES: [(&str, &str, Takes); 32] = [
+pub(super) const RULES: [(&str, &str, Takes); 34] = [
     ("GET", "/healthz", Nothing),
     ("GET", "/v1/openapi.json", Name),
     // `see`
@@ -48,6 +48,8 @@ pub(super) const RULES: [(&str, &str, Takes); 32] = [
     ("GET", "/v1/resolve", Host(See)),
     ("GET", "/v1/resolve/{name}", Host(See)),
     // `task`
+    ("GET", "/v1/all-hosts/goals", Handler),
+    ("GET", "/v1/all-hosts/tasks", Handler),
     ("GET", "/v1/goals", Handler),
     ("GET", "/v1/goals/{id}", Handler),
     ("GET", "/v1/tasks", Handler),

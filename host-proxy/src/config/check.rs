@@ -156,7 +156,7 @@ impl<'a> Document<'a> {
         let required = keys().filter(|k| k.section() == section && k.is_required());
         for key in required.filter(|k| !table.contains_key(k.name())) {
             let (place, limit) = (place(section), key.limit());
-            let message = format!("it is missing from {place}; it is {limit}");
+            let message = format!("it is missing {place}; it takes {limit}");
             to.push(self.problem(line, key.name(), message));
         }
     }

@@ -585,7 +585,7 @@ fn a_file_that_says_where_vms_are_is_checked_with_its_lines() {
     for (rows, why) in [
         ("db-1 b\nweb-1 b\n", "line 2: `names` of [[host]] `b`"),
         ("db-1 c\n", "line 1: there is no [[host]] `c`"),
-        ("db-1\n", "line 1: it takes a VM and a host"),
+        ("db-1\n", "line 1: a line has two words"),
     ] {
         let ConfigError::Wrong { problems } = load(rows).unwrap_err() else {
             panic!("{rows}")

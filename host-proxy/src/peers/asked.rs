@@ -160,5 +160,6 @@ pub fn at(state: &State, vm: &VmEntry) -> VmAt {
         host: state.host().map(ToString::to_string).unwrap_or_default(),
         live: vm.channel.session(),
         generation: vm.agent.generation(),
+        by_map_of: None,
     }
 }

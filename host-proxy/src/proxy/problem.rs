@@ -11,6 +11,7 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, PROXY_AUTHENTICATE, R
 use hyper::{Response, StatusCode};
 
 use crate::reach::DestinationError;
+use crate::remedy;
 
 /// What breaks a body off.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -147,9 +148,16 @@ fn of_code(code: Code) -> (StatusCode, &'static str) {
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
         let (status, error) = of_code(refusal.code());
+        let text = match refusal.code() {
+            // What is missing there is nothing that its text could name.
+            code @ (Code::UnknownService | Code::Version) => {
+                format!("{}; {}", refusal.text(), remedy::of(code))
+            }
+            _ => refusal.text().to_owned(),
+        };
         Self {
             retry_after: refusal.retry_after(),
-            ..Self::new(status, error, refusal.text())
+            ..Self::new(status, error, text)
         }
     }
 }

@@ -68,7 +68,7 @@ pub fn run() -> anyhow::Result<()> {
     tracing::info!(pid = std::process::id(), uid, "the worker is confined");
     let worker = Worker {
         build,
-        diag: diag.ok(),
+        diag,
         config: given.config,
         listeners: given.listeners,
         rendezvous: given.rendezvous,
@@ -116,7 +116,7 @@ impl Given {
 
 struct Worker {
     build: u64,
-    diag: Option<diag::Socket>,
+    diag: io::Result<diag::Socket>,
     config: Config,
     listeners: Listeners,
     rendezvous: OwnedFd,

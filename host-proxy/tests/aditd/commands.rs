@@ -55,6 +55,63 @@ fn a_checked_configuration_is_summed_up_and_every_mistake_is_named() {
 }
 
 #[test]
+fn sections_that_are_wrong_are_named_with_line_key_and_what_each_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, map) = (dir.path().join("aditd.toml"), dir.path().join("map"));
+    let path = path.to_str().unwrap();
+    let pin = "sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
+    let beta =
+        format!("[[host]]\nname = \"beta\"\naddress = \"127.0.0.1:7443\"\npin = \"{pin}\"\n");
+    let of_map = format!("[peers]\nmap = \"{}\"\n{beta}", map.display());
+    for (config, rows, says) in [
+        (
+            "[[listen]]\nspeak = \"dns\"\naddress = \"0.0.0.0:53\"\n",
+            "",
+            &[":3: `address`", "no loopback address", "`open = true`"][..],
+        ),
+        (
+            "[[listen]]\nspeak = \"dns\"\naddress = \"127.0.0.1:53\"\nnetwrk = \"lab\"\n",
+            "",
+            &[":4: `netwrk`", "no such key", "did you mean `network`"],
+        ),
+        (
+            "[[host]]\nname = \"beta\"\n",
+            "",
+            &[
+                ":1: `address`",
+                "missing in this [[host]]",
+                "it takes an IP address",
+                ":1: `pin`",
+            ],
+        ),
+        (
+            &of_map,
+            "a beta\nb\n",
+            &[":2: `map`", "line 2", "two words, a VM and its host"],
+        ),
+        (
+            &of_map,
+            "a gamma\n",
+            &[":2: `map`", "line 1", "no [[host]] `gamma`"],
+        ),
+        (
+            &of_map,
+            "a beta\na beta\n",
+            &["line 2", "has a row already"],
+        ),
+    ] {
+        std::fs::write(path, config).unwrap();
+        std::fs::write(&map, rows).unwrap();
+        let checked = aditd(&["check-config", path]);
+        let said = text(&checked.stderr);
+        assert_eq!(checked.status.code(), Some(1), "{config}: {said}");
+        for words in says {
+            assert!(said.contains(words), "{config}: no `{words}` in {said}");
+        }
+    }
+}
+
+#[test]
 fn a_database_of_a_newer_aditd_is_named_before_anything_is_started_on_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("aditd.toml");

@@ -30,6 +30,8 @@ fn address(host: &Host) -> SocketAddr {
 
 pub fn question(name: &str, of: RecordType) -> Message {
     let mut message = Message::query();
+    // Servers between a client and aditd ask for nobody else.
+    message.metadata.recursion_desired = true;
     let name = Name::from_ascii(format!("{name}.")).unwrap();
     message.add_query(Query::query(name, of));
     message
@@ -58,6 +60,15 @@ pub fn ask(to: SocketAddr, name: &str, of: RecordType) -> Message {
         (question.id, &question.queries)
     );
     answer
+}
+
+/// The same where nobody may listen yet, or the answer be lost.
+pub fn asked_once(to: SocketAddr, name: &str, of: RecordType) -> Option<Message> {
+    let socket = client(to, [127, 0, 0, 1]);
+    socket.send(&question(name, of).to_vec().unwrap()).ok()?;
+    let mut bytes = [0; 2048];
+    let n = socket.recv(&mut bytes).ok()?;
+    Message::from_vec(&bytes[..n]).ok()
 }
 
 /// The addresses that a name has.

@@ -13,6 +13,7 @@ mod commands;
 mod cut;
 mod desk;
 mod dns;
+mod dns_servers;
 mod faults;
 mod foreign;
 mod front;

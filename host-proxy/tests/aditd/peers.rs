@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::RecordType;
 use rcgen::CertificateParams;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::access::{UID, asked, audit, curl, grant, listen, serve};
 use crate::dns::{addresses, ask};
@@ -611,6 +611,12 @@ fn a_file_says_where_a_vm_is_whether_that_host_answers_or_not_and_is_read_again(
     assert_eq!(status["error"], Value::Null, "{status}");
     let there = || addresses(dns, "b.adit", RecordType::A).len() == 1;
     assert!(there());
+    // A list of all hosts has the row, and says whose it is.
+    let all = alpha.host.get("/v1/resolve");
+    let row = json!({"name": "b", "host": "beta", "live": false, "generation": null, "by_map_of": "alpha"});
+    assert_eq!(all["vms"][1], row, "{all}");
+    assert_eq!(all["vms"][0].get("by_map_of"), None, "{all}");
+    assert_eq!(all["silent"][0]["host"], "beta", "{all}");
     // A mistake changes nothing.
     fs::write(&map, "# hosts\nb gamma\n").unwrap();
     let status = alpha.host.reload(|text| text);

@@ -185,6 +185,82 @@ fn one_goal_that_is_given_to_many_hosts_at_the_same_time_is_queued_once() {
 }
 
 #[test]
+fn lists_of_all_hosts_have_each_goal_once_and_the_newest_tasks_and_name_who_is_silent() {
+    if !is_root() {
+        return;
+    }
+    let (alpha, mut beta) = hosts(&[("a", 3)], &[("b", 3)], ALL);
+    let (of_a, of_b) = (alpha.ports[0].connected(), beta.ports[0].connected());
+    for (n, vms) in [(1, &["a", "b"][..]), (2, &["b"]), (3, &["a"])] {
+        let answer = alpha.host.api("POST", "/v1/goals", &goal(n, vms));
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    }
+    does(&of_b, "b");
+    let get = |path: &str| alpha.host.get(&format!("/v1/all-hosts/{path}"));
+    let all = get("tasks");
+    let mut listed = tasks(&all["tasks"]);
+    listed.sort_unstable();
+    let want = [
+        ("a", "alpha", "queued"),
+        ("a", "alpha", "queued"),
+        ("b", "beta", "done"),
+        ("b", "beta", "queued"),
+    ];
+    assert_eq!(listed, want);
+    assert_eq!(
+        (&all["earlier"], &all["silent"]),
+        (&false.into(), &json!([]))
+    );
+    let of_goal = get(&format!("tasks?goal={}&state=done", goal_id(1)));
+    assert_eq!(tasks(&of_goal["tasks"]), [("b", "beta", "done")]);
+    for (goal, status) in [("x", 200), ("..%2F..", 200)] {
+        let answer = alpha
+            .host
+            .api("GET", &format!("/v1/all-hosts/tasks?goal={goal}"), "");
+        assert_eq!(answer.status, status);
+        assert_eq!(body(&answer)["tasks"], json!([]));
+    }
+    let refused = alpha.host.api("GET", "/v1/all-hosts/tasks?state=x", "");
+    assert_eq!(refused.status, 400, "{}", refused.body);
+    let all = get("goals");
+    let goals: Vec<_> = all["goals"].as_array().unwrap().iter().collect();
+    let row = |n: u64| {
+        let found = goals
+            .iter()
+            .find(|goal| goal["goal_id"] == goal_id(n))
+            .unwrap();
+        json!([found["hosts"], found["vms"], found["open"], found["done"]])
+    };
+    assert_eq!(goals.len(), 3, "{all}");
+    assert_eq!(row(1), json!([["alpha", "beta"], 2, 1, 1]));
+    assert_eq!(row(2), json!([["beta"], 1, 1, 0]));
+    assert_eq!(row(3), json!([["alpha"], 1, 1, 0]));
+    // The newest of all, and no more than asked for.
+    for list in ["goals", "tasks"] {
+        let newest = get(&format!("{list}?newest=1"));
+        assert_eq!(newest[list].as_array().unwrap().len(), 1, "{newest}");
+        assert_eq!(newest["earlier"], true, "{newest}");
+    }
+    // One hop: who asks by way of another host is not told of further ones; what beta may not claim is left out.
+    let old = beta.section("");
+    alpha
+        .host
+        .reload(|text| text.replace(&old, &beta.section("names = [\"x-*\"]\n")));
+    assert_eq!(tasks(&get("tasks")["tasks"]).len(), 2);
+    alpha
+        .host
+        .reload(|text| text.replace(&beta.section("names = [\"x-*\"]\n"), &old));
+    does(&of_a, "a");
+    beta.host.kill();
+    for list in ["goals", "tasks"] {
+        let all = get(list);
+        assert_eq!(all[list].as_array().unwrap().len(), 2, "{all}");
+        assert_eq!(all["silent"][0]["host"], "beta", "{all}");
+        assert_ne!(all["silent"][0]["why"], "", "{all}");
+    }
+}
+
+#[test]
 fn whoever_watches_a_goal_hears_of_its_tasks_on_all_hosts() {
     if !is_root() {
         return;

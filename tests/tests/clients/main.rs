@@ -4,10 +4,12 @@
 //! These tests need the binaries that `cargo xtask test` builds. Without them they print that and pass.
 #![allow(missing_docs)]
 
+mod gate;
 mod hosts;
 mod keys;
 mod programs;
 mod servers;
+mod services;
 
 use std::path::PathBuf;
 use std::process::{Command, Output};

@@ -1,4 +1,5 @@
-// An application that speaks HTTP/2 with the proxy: tunnels in streams of one connection. Prints what came of it as JSON.
+// An application that speaks HTTP/2 with the proxy: tunnels in streams of one connection. Prints what came of it as JSON. Without `page` it only
+// counts the tunnels that echo.
 
 import { createHash, randomBytes } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -66,9 +67,10 @@ if (first.status !== 200) {
 }
 first.stream.close();
 const came = await step("echo", Promise.all(Array.from({ length: tunnels }, echoes)));
+const echoed = { alpn: session.alpnProtocol, echoed: came.filter(Boolean).length };
+if (!page) say(echoed);
 say({
-  alpn: session.alpnProtocol,
-  echoed: came.filter(Boolean).length,
+  ...echoed,
   page: await step("page", get()),
   nobody: await step("nobody", refused("nobody:80")),
   closed: await step("closed", refused("web-1:1")),

@@ -32,9 +32,24 @@ fn main_job(setup: &Setup, what: &str) {
 fn a_guest_of_the_version_before_does_the_main_job_on_this_host() {
     let Some(bins) = bins() else { return };
     let agent = before::programs().unwrap().join("adit-guest");
-    let host = Host::start(&bins, &["web-1"]).unwrap();
+    let services = "allow_services = [\"docker\"]";
+    let host = Host::start_with(&bins, &["web-1"], services).unwrap();
     let setup = boot_agent(Kernel::V6_1, host, "", false, None, &agent);
     main_job(&setup, "agent-before");
+    // It has no names for services.
+    for curl in [
+        &["http://docker.web-1.svc/"][..],
+        &["-p", "http://docker.web-1.svc/"],
+    ] {
+        let said = setup.curl(curl);
+        assert!(said.contains("HTTP/1.1 403"), "{said}");
+    }
+    let proxy = format!("http://{}", setup.host.proxy());
+    let (code, said) = setup.adit(&["connect", "docker.web-1.svc", "--proxy", &proxy]);
+    assert_eq!(code, 1, "{said}");
+    for words in ["this agent serves", "another version"] {
+        assert!(said.contains(words), "{said}");
+    }
 }
 
 /// One host of the version before becomes one of this version, under a running guest, an open tunnel, and a database with tasks.

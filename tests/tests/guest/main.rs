@@ -11,6 +11,7 @@ use adit_tests::connect::{connect, pattern};
 use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
+use adit_tests::process::wait_for;
 
 mod agents;
 mod before;
@@ -195,10 +196,18 @@ fn echo(host: &Host, to: &str, len: u64) {
     assert_eq!(at, len, "{to}");
 }
 
+/// The guest has a name for a Unix socket, of which its agent is told while it runs.
+const SERVICE: &str = r#"
+adit-testguest uds-echo /run/echo.sock &
+printf '[[service]]\nname = "echo"\nto = "unix:/run/echo.sock"\n' >> /etc/adit-guest/adit-guest.toml
+kill -HUP $(pidof adit-guest)
+"#;
+
 fn tunnels(kernel: Kernel) {
-    let Some(setup) = setup(kernel, "", false) else {
-        return;
-    };
+    let Some(bins) = bins() else { return };
+    let services = "allow_services = [\"echo\", \"none\"]";
+    let host = Host::start_with(&bins, &["web-1"], services).unwrap();
+    let setup = boot(kernel, host, SERVICE, false);
     // By name, with an absolute-form request and with CONNECT.
     assert!(setup.curl(&["http://web-1/"]).contains("this is web-1"));
     assert!(
@@ -212,6 +221,7 @@ fn tunnels(kernel: Kernel) {
         ("http://web-1:81/", "502"),
         ("http://web_1/", "404"),
         ("http://web-1:0/", "400"),
+        ("http://none.web-1.svc/", "403"),
     ] {
         let said = setup.curl(&[url]);
         assert!(
@@ -223,6 +233,12 @@ fn tunnels(kernel: Kernel) {
             "{url}: {said}"
         );
     }
+    // A service that the guest names, once its agent has read so.
+    wait_for("the service", BOOT, || {
+        Ok(connect(setup.host.proxy(), "echo.web-1.svc:1").ok())
+    })
+    .unwrap();
+    echo(&setup.host, "echo.web-1.svc:1", 1 << 20);
     // Through the agent (TCP in the guest), and to a plain AF_VSOCK listener.
     for to in ["web-1:7", "vsock-5000.web-1:5000"] {
         for len in [1, 43, 4096, 65_536, 65_537, 1 << 20, 64 << 20] {

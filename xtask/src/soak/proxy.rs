@@ -304,14 +304,15 @@ fn node(ways: &Ways, random: &mut Random) -> anyhow::Result<()> {
         "proxy": format!("https://localhost:{}", ways.tls), "ca": ways.certificate, "tunnels": tunnels, "bytes": bytes,
         "echo": format!("{VM}:{}", ways.echo),
     });
-    let script = adit_tests::root().join("xtask/src/soak/echo.mjs");
+    let script = adit_tests::root().join("tests/tests/clients/tunnel.mjs");
     let out = Command::new("node")
         .arg(script)
         .arg(asked.to_string())
         .output()?;
     let said = String::from_utf8_lossy(&out.stdout);
+    let came: serde_json::Value = serde_json::from_str(&said).unwrap_or_default();
     ensure!(
-        said.trim() == tunnels.to_string(),
+        came["echoed"] == tunnels,
         "{said}{}",
         String::from_utf8_lossy(&out.stderr)
     );

@@ -135,6 +135,11 @@ fn the_host_is_well_if_it_runs_by_its_file() {
     for change in wrong {
         assert_eq!(names(&at(change), Health::Failed), ["configuration"]);
     }
+    let found = at(|config| config.users_unknown = Some("the kernel has no tcp_diag".into()));
+    assert_eq!(names(&found, Health::Failed), ["users"]);
+    let users = found.last().unwrap();
+    assert!(users.says.contains("no tcp_diag"), "{users:?}");
+    assert!(users.remedy.contains("modprobe tcp_diag"), "{users:?}");
 }
 
 #[test]

@@ -102,6 +102,7 @@ fn summary(r: &Row<'_>) -> rusqlite::Result<GoalSummary> {
         open: 0,
         done: 0,
         failed: 0,
+        hosts: vec![],
     })
 }
 

@@ -153,10 +153,19 @@ fn walk(code: Code) -> (Problem, Heard) {
                 502,
                 "connection_refused",
                 None,
-                "VM `a` port 80: only version 1 is spoken",
+                "VM `a` port 80: only version 1 is spoken; its agent is of another version: give it the next one by package",
             ),
         ),
-        Code::UnknownService | Code::Denied => (
+        Code::UnknownService => (
+            of_listener("no"),
+            (
+                403,
+                "http_request_denied",
+                None,
+                "VM `a` port 80: no; its agent is of another version: give it the next one by package",
+            ),
+        ),
+        Code::Denied => (
             of_listener("no"),
             (403, "http_request_denied", None, "VM `a` port 80: no"),
         ),
@@ -239,7 +248,12 @@ fn every_number_of_a_listener_is_an_answer() {
             _ => 502,
         };
         assert_eq!(problem.status.as_u16(), known, "{status}");
-        assert_eq!(problem.detail, "VM `a` port 80: dial failed");
+        let remedy = match status {
+            1 | 2 => format!("; {}", crate::remedy::of(Code::UnknownService)),
+            _ => String::new(),
+        };
+        let text = format!("VM `a` port 80: dial failed{remedy}");
+        assert_eq!(problem.detail, text, "{status}");
     }
 }
 
