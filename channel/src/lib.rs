@@ -25,6 +25,8 @@ pub mod live;
 pub mod polling;
 #[cfg(feature = "device")]
 pub mod port;
+#[cfg(feature = "device")]
+pub mod rate;
 pub mod refusal;
 #[cfg(feature = "ring")]
 pub mod ring;

@@ -130,16 +130,31 @@ async fn ls(vm: Option<&str>, client: &Client, format: Format) -> Result<(), Fai
         } else {
             until
         };
+        let limits = [
+            grant
+                .connections_per_s
+                .map(|n| format!("{n} connections/s")),
+            grant.bytes_per_s.map(|n| format!("{n} B/s")),
+            grant
+                .weight
+                .filter(|n| *n > 1)
+                .map(|n| format!("weight {n}")),
+        ];
+        let mut limits: Vec<_> = limits.into_iter().flatten().collect();
+        if limits.is_empty() {
+            limits.push("-".into());
+        }
         [
             grant.to.join(" "),
             grant.may.join(" "),
             grant.vms.join(" "),
             until,
+            limits.join(" "),
             grant.place,
         ]
     };
     let rows: Vec<_> = grants.into_iter().map(row).collect();
-    output::table(["TO", "MAY", "VMS", "UNTIL", "PLACE"], &rows)
+    output::table(["TO", "MAY", "VMS", "UNTIL", "LIMITS", "PLACE"], &rows)
 }
 
 #[derive(Serialize)]

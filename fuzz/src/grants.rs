@@ -20,6 +20,8 @@ fn empty(place: usize) -> Grant {
         may: vec![],
         until_ms: None,
         connections_per_s: None,
+        bytes_per_s: None,
+        weight: 1,
         place: place.to_string(),
     }
 }

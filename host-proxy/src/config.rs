@@ -51,6 +51,8 @@ pub const SERVICES_MAX: usize = 64;
 pub const BUSY_POLL_US_MAX: u32 = 1000;
 /// Most connections a second of a rate: more is none.
 pub const RATE_MAX: u32 = 1_000_000;
+/// Fewest and most bytes a second of a rate.
+pub const BYTES_PER_S: (u64, u64) = (1024, 1_000_000_000_000);
 /// Highest weight of a VM.
 pub const WEIGHT_MAX: u32 = 100;
 /// MiB of an ivshmem region at most; PCI wants a power of two.
@@ -295,6 +297,9 @@ pub struct VmConfig {
     /// Connections that may be opened to it in a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connections_per_s: Option<u32>,
+    /// Bytes a second, each way, of all clients' tunnels together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_s: Option<u64>,
 }
 
 const fn default_weight() -> u32 {
@@ -351,6 +356,7 @@ impl VmConfig {
             labels: BTreeMap::new(),
             weight: default_weight(),
             connections_per_s: None,
+            bytes_per_s: None,
         }
     }
 

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use adit_passed::{Closer, Passed};
 use adit_port::control::{
     DIALS_MAX, DialError, DialFailed, Dialed, EndTunnels, Ends, EndsTaken, FEATURE_CONNECT,
-    FEATURE_ENDS, FEATURE_TUNNELS, Handover, Incoming, Kept, ListTunnels, Quit, Release, Ring,
-    Status, Tunnels,
+    FEATURE_ENDS, FEATURE_LIMITS, FEATURE_TUNNELS, Handover, Incoming, Kept, Limit, ListTunnels,
+    Quit, Release, Ring, SetLimits, Status, Tunnels,
 };
 use adit_port::control_io::{ControlError, Message, receive_passed, send};
 use tokio::io::Interest;
@@ -57,6 +57,7 @@ impl Waiting {
 
 /// What is to be sent.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // nearly all of them are the large one, and are moved once
 enum Frame {
     Plain(Message),
     /// What this dial has to pass.
@@ -77,6 +78,8 @@ pub struct Link {
     lists: AtomicBool,
     /// The port process has [`FEATURE_ENDS`].
     tells_ends: AtomicBool,
+    /// The port process has [`FEATURE_LIMITS`].
+    limits: AtomicBool,
     /// Who waits for a page of tunnels.
     listing: Mutex<Option<oneshot::Sender<Tunnels>>>,
     status: watch::Sender<Option<Status>>,
@@ -113,6 +116,7 @@ impl Link {
             connects: AtomicBool::new(false),
             lists: AtomicBool::new(false),
             tells_ends: AtomicBool::new(false),
+            limits: AtomicBool::new(false),
             listing: Mutex::default(),
             status: watch::Sender::new(None),
         });
@@ -164,6 +168,17 @@ impl Link {
     pub async fn end_tunnels(&self, numbers: Vec<u64>) {
         let end = Message::EndTunnels(EndTunnels { numbers });
         let _ = self.outbox.send(Frame::Plain(end)).await;
+    }
+
+    /// Whether the port process limits the bytes of tunnels: an older build does not.
+    pub fn limits(&self) -> bool {
+        self.limits.load(Ordering::Relaxed)
+    }
+
+    /// Replaces the limits of tunnels, at most [`LIMITED_MAX`](adit_port::control::LIMITED_MAX) of them.
+    pub async fn set_limits(&self, tunnels: Vec<(u64, Vec<Limit>)>) {
+        let set = Message::SetLimits(SetLimits { tunnels });
+        let _ = self.outbox.send(Frame::Plain(set)).await;
     }
 
     /// Whether the port process tells how tunnels end: an older build does not.
@@ -282,6 +297,9 @@ impl Driver {
                         link.lists.store(lists, Ordering::Relaxed);
                         let tells = features.bits & FEATURE_ENDS != 0;
                         link.tells_ends.store(tells && lists, Ordering::Relaxed);
+                        let limits = features.bits & FEATURE_LIMITS != 0;
+                        link.limits
+                            .store(limits && tells && lists, Ordering::Relaxed);
                     }
                     (Message::Tunnels(page), _) => {
                         if let Some(tell) = link.listing().take() {

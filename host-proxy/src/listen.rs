@@ -109,7 +109,15 @@ impl Room {
 #[derive(Debug)]
 pub struct Shares<K: Eq + Hash> {
     max: usize,
-    held: Mutex<HashMap<K, usize>>,
+    held: Mutex<HashMap<K, Held>>,
+}
+
+/// What one has.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    taken: usize,
+    /// How many times `max` it may have.
+    weight: usize,
 }
 
 /// One of a [`Shares`]. Dropped = given back.
@@ -133,18 +141,39 @@ impl<K: Eq + Hash + Clone> Shares<K> {
         self.take_of(key, self.max)
     }
 
-    /// The same for one that may have so many.
+    /// The same for one that may have so many, and so many times its weight.
     pub fn take_of(self: &Arc<Self>, key: K, max: usize) -> Option<Share<K>> {
         let mut held = self.held();
-        let of_key = held.entry(key.clone()).or_insert(0);
-        if *of_key >= max {
+        let (taken, weight) = held.get(&key).map_or((0, 1), |of| (of.taken, of.weight));
+        if taken >= max.saturating_mul(weight) {
             return None;
         }
-        *of_key += 1;
+        let taken = taken + 1;
+        held.insert(key.clone(), Held { taken, weight });
         Some(Share {
             of: self.clone(),
             key,
         })
+    }
+
+    /// As many times what others have, for as long as it has one. A weight that it has shown before is kept if it is higher.
+    pub fn weigh(&self, key: &K, weight: usize) {
+        if let Some(held) = self.held().get_mut(key) {
+            held.weight = held.weight.max(weight);
+        }
+    }
+
+    /// Nobody has a weight any more until it is shown again.
+    pub fn forget_weights(&self) {
+        for held in self.held().values_mut() {
+            held.weight = 1;
+        }
+    }
+
+    /// How many this one may have.
+    pub fn max_of(&self, key: &K) -> usize {
+        let weight = self.held().get(key).map_or(1, |held| held.weight);
+        self.max.saturating_mul(weight)
     }
 
     /// How many each may have.
@@ -154,7 +183,7 @@ impl<K: Eq + Hash + Clone> Shares<K> {
 }
 
 impl<K: Eq + Hash> Shares<K> {
-    fn held(&self) -> MutexGuard<'_, HashMap<K, usize>> {
+    fn held(&self) -> MutexGuard<'_, HashMap<K, Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -164,7 +193,7 @@ impl<K: Eq + Hash> Drop for Share<K> {
         let mut held = self.of.held();
         // Whoever has none has no entry: the map is as large as there are connections.
         match held.get_mut(&self.key) {
-            Some(n) if *n > 1 => *n -= 1,
+            Some(of) if of.taken > 1 => of.taken -= 1,
             _ => drop(held.remove(&self.key)),
         }
     }
@@ -472,6 +501,26 @@ mod tests {
         drop(one);
         assert!(shares.take("a").is_some());
         drop((two, other));
+        assert!(shares.held().is_empty());
+    }
+
+    #[test]
+    fn r110_a_weight_is_so_many_times_a_share_while_anything_of_it_is_held() {
+        let shares = Shares::new(2);
+        // Nobody has shown anything.
+        shares.weigh(&"a", 3);
+        let mut held = vec![shares.take("a").unwrap(), shares.take("a").unwrap()];
+        assert!(shares.take("a").is_none());
+        shares.weigh(&"a", 3);
+        shares.weigh(&"a", 1);
+        held.extend((0..4).map(|_| shares.take("a").unwrap()));
+        assert!(shares.take("a").is_none() && shares.max_of(&"a") == 6);
+        assert_eq!(shares.max_of(&"b"), 2);
+        // After a reload it has what it has, and gets no more.
+        shares.forget_weights();
+        held.pop();
+        assert!(shares.take("a").is_none());
+        drop(held);
         assert!(shares.held().is_empty());
     }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
-use adit_port::control::Target;
+use adit_port::control::{Limit, Target};
 use adit_tasks::TrustStore;
 use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore};
@@ -17,6 +17,7 @@ use crate::access::audit::{Allowed, Decided, counted_as};
 use crate::access::callers::Callers;
 use crate::access::client::Whose;
 use crate::access::guesses::Guesses;
+use crate::access::limits::{limits, most_bytes_first};
 use crate::access::rate::Buckets;
 use crate::access::{Access, Caller, Denial, Grant, Grants, Verb};
 use crate::blobs::Blobs;
@@ -81,6 +82,8 @@ pub struct State {
     pub room: Room,
     /// Each VM's share of the requests that are under way through the proxy.
     pub vm_shares: Arc<Shares<VmId>>,
+    /// Shares of clients: of the proxy, of its Unix sockets, of management listeners.
+    pub of_clients: OnceLock<[Arc<Shares<Whose>>; 3]>,
     /// Connections to guests' servers that wait for the next request.
     pub pool: Arc<Pool>,
     /// Requests of the API that wait for something to happen: half of its connections at most.
@@ -118,6 +121,7 @@ impl State {
             began: Instant::now(),
             room,
             vm_shares: Shares::new(per_vm.max(1)),
+            of_clients: OnceLock::new(),
             pool: Pool::new(room.proxy),
             patient: Arc::new(Semaphore::new((room.api / 2).max(1))),
             patient_others: Arc::new(Semaphore::new((room.management / 2).max(1))),
@@ -187,6 +191,11 @@ impl State {
         let is_same = |(old, new): (&Grant, &Grant)| old.says_as(new);
         let changes = old.len() != new.len() || !old.iter().zip(new).all(is_same);
         *now = Arc::new(grants);
+        if changes {
+            // Whoever has one still shows it again with its next connection or request.
+            let shares = self.of_clients.get().into_iter().flatten();
+            shares.for_each(|shares| shares.forget_weights());
+        }
         changes
     }
 
@@ -221,16 +230,8 @@ impl State {
         if let Ok(by) = &access
             && matches!(verb, Verb::Task | Verb::Goal | Verb::Manage)
         {
-            let allowed = Allowed {
-                caller: (&caller.to_string(), caller.from()),
-                verb: word,
-                vm: vm.name.as_str(),
-                target: "",
-                reason: by.as_deref().unwrap_or("owner"),
-                moved: None,
-                trace_id: "",
-            };
-            self.visits.audit().allowed(allowed, self.now_ms());
+            let by = by.as_deref().unwrap_or("owner");
+            self.allowed(caller, word, vm.name.as_str(), by);
         }
         if let Err(denial) = &access {
             self.denied(
@@ -244,13 +245,28 @@ impl State {
         access
     }
 
-    /// Whether connections to a VM are counted by the second.
+    /// Whether connections to a VM, or their bytes, are counted by the second.
     pub fn has_rate(&self, vm: &VmEntry) -> bool {
-        self.grants().has_rates() || vm.spec().connections_per_s.is_some()
+        let spec = vm.spec();
+        let of_vm = spec.connections_per_s.is_some() || spec.bytes_per_s.is_some();
+        of_vm || self.grants().has_rates()
     }
 
-    /// Counts a connection that is allowed: for the caller by one of its grants, and for the VM. Returns where that grant is written;
-    /// none: it is the owner, who is not counted.
+    /// What limits the bytes of a stream of this caller that is there already; none: no grant lets it be there.
+    pub fn limits(&self, caller: &Caller, target: &Target, vm: &VmEntry) -> Option<Vec<Limit>> {
+        if caller.is_owner() {
+            return Some(Vec::new());
+        }
+        let (grants, verb, of_vm) = (self.grants(), Verb::Reach(target), vm.spec().bytes_per_s);
+        vm.viewed(|view| {
+            let all = grants.all_granted(caller, verb, view, self.now_ms());
+            let by = most_bytes_first(all).first().copied()?;
+            Some(limits(caller, by, of_vm))
+        })
+    }
+
+    /// Counts a connection that is allowed: for the caller by one of its grants, and for the VM. Returns where that grant is written,
+    /// and what limits the connection's bytes; none: it is the owner, who is not counted.
     ///
     /// # Errors
     /// Each grant that allows it has as many in this second already, or the VM has.
@@ -259,27 +275,31 @@ impl State {
         caller: &Caller,
         target: &Target,
         vm: &VmEntry,
-    ) -> Result<Option<String>, Refusal> {
+    ) -> Result<Option<(String, Vec<Limit>)>, Refusal> {
         if caller.is_owner() {
             return Ok(None);
         }
+        let spec = vm.spec();
         let (grants, verb, now_ms) = (self.grants(), Verb::Reach(target), self.now_ms());
         let of = counted_as(&caller.to_string(), caller.from());
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         let passed_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let mut most = None;
         let by = vm.viewed(|view| {
-            let mut all = grants.all_granted(caller, verb, view, now_ms);
-            let granted = all.find(|grant| match grant.connections_per_s {
+            let all = most_bytes_first(grants.all_granted(caller, verb, view, now_ms));
+            let granted = all.into_iter().find(|grant| match grant.connections_per_s {
                 None => true,
                 Some(per_s) => {
                     most = most.max(Some(per_s));
                     rates.take(&format!("{} {of}", grant.place), per_s, passed_ms)
                 }
             });
-            granted.map(|grant| grant.place.clone())
+            granted.map(|grant| {
+                let limits = limits(caller, grant, spec.bytes_per_s);
+                (grant.place.clone(), limits)
+            })
         });
-        let of_vm = vm.spec().connections_per_s;
+        let of_vm = spec.connections_per_s;
         let (per_s, whose) = match (by, of_vm) {
             (None, _) => (most, format!("{caller} has")),
             (Some(by), None) => return Ok(Some(by)),
@@ -294,6 +314,20 @@ impl State {
         let per_s = per_s.unwrap_or_default();
         let text = format!("VM `{}`: {whose} {per_s} connections a second", vm.name);
         Err(Refusal::new(Code::TooOften, text))
+    }
+
+    /// Writes down what is allowed and carries nothing, if that is wanted; `by`: where the grant is written.
+    pub fn allowed(&self, caller: &Caller, verb: &'static str, vm: &str, by: &str) {
+        let allowed = Allowed {
+            caller: (&caller.to_string(), caller.from()),
+            verb,
+            vm,
+            target: "",
+            reason: by,
+            moved: None,
+            trace_id: "",
+        };
+        self.visits.audit().allowed(allowed, self.now_ms());
     }
 
     /// Writes down what is denied.

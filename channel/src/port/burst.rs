@@ -8,6 +8,7 @@ use super::entry::{DeliveryError, Fill};
 use super::succession::next_reset;
 use super::{Budget, Port, PortCounters, Turn};
 use crate::carrier::{Armed, Carrier, CarrierFault, Interest, RxPacket, SetAside, TxSlot};
+use crate::rate::Way;
 
 /// How one direction of a burst ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +71,9 @@ impl<C: Carrier> Port<C> {
             let ns = u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX);
             Tick(now.0.saturating_add(ns))
         });
-        let deadline = [self.engine.poll_timeout(), dial, rest, self.wakers.until()]
+        let limit = self.limited.first().map(|(t, ..)| *t);
+        let engine = self.engine.poll_timeout();
+        let deadline = [engine, dial, rest, limit, self.wakers.until()]
             .into_iter()
             .flatten()
             .min();
@@ -132,6 +135,9 @@ impl<C: Carrier> Port<C> {
             self.engine.handle_timeout(now);
         }
         self.expire_dials(now);
+        if self.limited.first().is_some_and(|(t, ..)| *t <= now) {
+            self.release_limited(now);
+        }
         let rx = self.receive(now, budget)?;
         self.handle_events(now);
         let mut tx = self.transmit(now, budget)?;
@@ -215,7 +221,7 @@ impl<C: Carrier> Port<C> {
                         }
                     }
                     let copied = &mut self.counters.bytes_copied;
-                    match entry.deliver(&mut packet, len, copied) {
+                    match entry.deliver(now, &mut packet, len, copied) {
                         Ok(0) => {}
                         Ok(n) => self.engine.consumed(now, stream, n),
                         Err(DeliveryError::Carrier(fault)) => return Err(fault),
@@ -364,7 +370,22 @@ impl<C: Carrier> Port<C> {
                 self.engine.offer(stream, 0);
                 continue;
             };
+            let len = match &mut entry.limit {
+                None => len,
+                Some(limit) => match limit.may(now, Way::In, len) {
+                    0 => {
+                        let until = limit.until(Way::In).map(|t| (t, stream.slot(), Way::In));
+                        self.limited.extend(until);
+                        self.engine.offer(stream, 0);
+                        continue;
+                    }
+                    may => may,
+                },
+            };
             let filled = entry.fill(&mut slot, len, &mut self.counters.bytes_copied)?;
+            if let Some(limit) = &entry.limit {
+                limit.unused(Way::In, len - filled.bytes());
+            }
             match filled {
                 Fill::Bytes(n) => {
                     entry.totals.to_guest += u64::from(n);

@@ -12,12 +12,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use adit_engine::StreamId;
+use adit_engine::{StreamId, Tick};
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 
 use super::Totals;
 use crate::carrier::{CarrierFault, RxPacket, TxSlot};
 use crate::dial::Dial;
+use crate::rate::{Limit, Way};
 use crate::sink::{DirectWrite, ServiceEvent, Sink, StreamIo};
 use crate::socket_end;
 
@@ -46,6 +47,8 @@ pub(super) struct Entry {
     /// What it has carried.
     pub(super) totals: Totals,
     pub(super) sink: Option<Sink>,
+    /// How many bytes a second a socket takes and gives; none: any number.
+    pub(super) limit: Option<Box<Limit>>,
     /// Bytes that the sink has not accepted yet: the rest of the greeting, then bytes from the guest.
     pub(super) held: VecDeque<u8>,
     /// Number of bytes of the greeting that are still in `held`. No credit was lent for them.
@@ -88,6 +91,16 @@ pub(super) enum Fill {
     Broken(io::Error),
 }
 
+impl Fill {
+    /// Number of bytes in the slot.
+    pub(super) fn bytes(&self) -> u32 {
+        match self {
+            Self::Bytes(n) => *n,
+            Self::Empty | Self::End | Self::Broken(_) => 0,
+        }
+    }
+}
+
 /// Why a delivery failed.
 pub(super) enum DeliveryError {
     /// The sink is broken: the stream ends.
@@ -112,6 +125,7 @@ impl Entry {
             phase,
             totals: Totals::default(),
             sink: None,
+            limit: None,
             held: VecDeque::new(),
             greeting: 0,
             out: VecDeque::new(),
@@ -142,20 +156,21 @@ impl Entry {
 
     /// Returns true if bytes from the guest may be written to the sink together with those of later packets.
     pub(super) fn gathers(&self) -> bool {
-        self.is_open() && self.held.is_empty() && self.fd().is_some()
+        self.is_open() && self.held.is_empty() && self.fd().is_some() && self.limit.is_none()
     }
 
     /// Moves `len` bytes of a packet to the sink, and holds the rest. Returns the number of bytes that the sink
     /// accepted.
     pub(super) fn deliver<P: RxPacket>(
         &mut self,
+        now: Tick,
         packet: &mut P,
         len: u32,
         copied: Copied<'_>,
     ) -> Result<u32, DeliveryError> {
-        if !self.is_open() || !self.held.is_empty() {
+        if !self.is_open() || !self.held.is_empty() || !self.lets_through(now, len) {
             self.hold(packet, len, copied)?;
-            return self.flush(copied).map_err(DeliveryError::Sink);
+            return self.flush(now, copied).map_err(DeliveryError::Sink);
         }
         let taken = match &mut self.sink {
             Some(Sink::Fd(fd)) => match packet.write_to(fd.as_fd(), len) {
@@ -173,21 +188,37 @@ impl Entry {
                 n
             }
             Some(Sink::Inline(_)) if len as usize <= SMALL => {
-                return self.serve(packet, len, &mut [0; SMALL], copied);
+                return self.serve(now, packet, len, &mut [0; SMALL], copied);
             }
-            Some(Sink::Inline(_)) => return self.serve(packet, len, &mut [0; CHUNK], copied),
+            Some(Sink::Inline(_)) => return self.serve(now, packet, len, &mut [0; CHUNK], copied),
             None => {
                 self.hold(packet, len, copied)?;
-                return self.flush(copied).map_err(DeliveryError::Sink);
+                return self.flush(now, copied).map_err(DeliveryError::Sink);
             }
         };
+        if let Some(limit) = &self.limit {
+            limit.unused(Way::Out, len - taken);
+        }
         self.hold(packet, len - taken, copied)?;
         Ok(taken)
+    }
+
+    /// Takes a whole packet's bytes of the limit. Returns false, and takes none, if it has not as many now.
+    fn lets_through(&mut self, now: Tick, len: u32) -> bool {
+        let Some(limit) = &mut self.limit else {
+            return true;
+        };
+        let may = limit.may(now, Way::Out, len);
+        if may < len {
+            limit.unused(Way::Out, may);
+        }
+        may == len
     }
 
     /// Passes a packet to an inline service in pieces, as long as it takes each piece completely. The rest is held.
     fn serve<P: RxPacket>(
         &mut self,
+        now: Tick,
         packet: &mut P,
         mut len: u32,
         buf: &mut [u8],
@@ -207,7 +238,7 @@ impl Entry {
                 self.hold(packet, len, copied)?;
                 if len > 0 {
                     // Show the bytes that it left again, with more bytes after them.
-                    taken += self.flush(copied).map_err(DeliveryError::Sink)?;
+                    taken += self.flush(now, copied).map_err(DeliveryError::Sink)?;
                 }
                 break;
             }
@@ -234,18 +265,35 @@ impl Entry {
         read_chunks(len, read, |bytes| self.held.extend(bytes))
     }
 
-    /// Passes held bytes to the sink, as many as it accepts. Returns how many of them were the guest's.
-    pub(super) fn flush(&mut self, copied: Copied<'_>) -> io::Result<u32> {
+    /// Passes held bytes to the sink, as many as it accepts and as its limit lets through. Returns how many of them were the
+    /// guest's.
+    pub(super) fn flush(&mut self, now: Tick, copied: Copied<'_>) -> io::Result<u32> {
         let mut taken = 0;
         if !self.is_open() {
             return Ok(0);
         }
         match &mut self.sink {
             Some(Sink::Fd(fd)) => {
-                taken = write_held(fd.as_fd(), &mut self.held)?;
-                let greeting = taken.min(self.greeting);
-                self.greeting -= greeting;
-                taken -= greeting;
+                loop {
+                    let of_guest = self.held.len() - self.greeting;
+                    let may = match &mut self.limit {
+                        None => of_guest,
+                        // Windows are far below 4 GiB, so it fits.
+                        Some(limit) => limit.may(now, Way::Out, of_guest as u32) as usize,
+                    };
+                    let most = self.greeting + may;
+                    let written = write_held(fd.as_fd(), &mut self.held, most)?;
+                    let greeting = written.min(self.greeting);
+                    self.greeting -= greeting;
+                    taken += written - greeting;
+                    let Some(limit) = &mut self.limit else {
+                        break;
+                    };
+                    limit.unused(Way::Out, (may + greeting - written) as u32);
+                    if written < most || may == 0 {
+                        break;
+                    }
+                }
             }
             Some(Sink::Local(end)) if !self.held.is_empty() => {
                 let mut state = end.0.lock();
@@ -339,9 +387,14 @@ impl Entry {
         taken
     }
 
+    /// Until when its limit lets nothing through.
+    pub(super) fn waits(&self, way: Way) -> Option<Tick> {
+        self.limit.as_ref()?.until(way)
+    }
+
     /// The number of bytes to report to the engine as ready to send; `u32::MAX` = some.
     pub(super) fn offered(&self) -> u32 {
-        if self.sink_done {
+        if self.sink_done || self.waits(Way::In).is_some() {
             return 0;
         }
         let out = u32::try_from(self.out.len()).unwrap_or(u32::MAX);
@@ -469,12 +522,18 @@ pub(super) fn shows_close(fd: BorrowedFd<'_>) -> bool {
     peer.is_ok_and(|peer| peer.uid() != libc::uid_t::MAX)
 }
 
-/// Writes held bytes to a socket until it accepts no more.
-pub(super) fn write_held(fd: BorrowedFd<'_>, held: &mut VecDeque<u8>) -> io::Result<usize> {
+/// Writes at most `most` held bytes to a socket, until it accepts no more.
+pub(super) fn write_held(
+    fd: BorrowedFd<'_>,
+    held: &mut VecDeque<u8>,
+    most: usize,
+) -> io::Result<usize> {
     let mut taken = 0;
-    while !held.is_empty() {
+    while !held.is_empty() && taken < most {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        match send(fd.as_raw_fd(), held.as_slices().0, flags) {
+        let front = held.as_slices().0;
+        let front = &front[..front.len().min(most - taken)];
+        match send(fd.as_raw_fd(), front, flags) {
             Ok(n) => {
                 held.drain(..n);
                 taken += n;

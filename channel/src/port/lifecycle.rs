@@ -14,6 +14,7 @@ use super::{KEPT_MAX, LINGER_BYTES_MAX, LINGER_MAX, Linger, Notice, Port, Totals
 use crate::carrier::Carrier;
 use crate::dial::{Dial, DialError};
 use crate::hello::Accept;
+use crate::rate::{Limit, Rate, Way};
 use crate::sink::Sink;
 
 impl<C: Carrier> Port<C> {
@@ -25,6 +26,47 @@ impl<C: Carrier> Port<C> {
             self.handle_event(now, event);
         }
         any
+    }
+
+    /// Limits how many bytes a second the sink of a stream takes and gives, to the least of these rates; without any it is not
+    /// limited any more. Only a socket is limited.
+    pub fn limit(&mut self, now: Tick, stream: StreamId, rates: Vec<Rate>) {
+        let Some(entry) = self.entry(stream) else {
+            return;
+        };
+        let old = std::mem::replace(&mut entry.limit, Limit::new(rates));
+        if let Some(old) = old {
+            self.forget_waits(stream, &old);
+            // What it waited for is given back before anything is taken anew.
+            drop(old);
+            self.drain_held(now, stream.slot());
+            self.settle(now, stream.slot());
+        }
+    }
+
+    /// Streams whose limits have let nothing through until now.
+    pub(super) fn release_limited(&mut self, now: Tick) {
+        while let Some(&(at, slot, way)) = self.limited.first()
+            && at <= now
+        {
+            self.limited.pop_first();
+            let entry = self.entries.get_mut(slot as usize);
+            let limit = entry.and_then(|e| e.as_mut()?.limit.as_mut());
+            if limit.is_some_and(|limit| limit.release(now, way)) {
+                if way == Way::Out {
+                    self.drain_held(now, slot);
+                }
+                self.settle(now, slot);
+            }
+        }
+    }
+
+    fn forget_waits(&mut self, stream: StreamId, limit: &Limit) {
+        for way in [Way::In, Way::Out] {
+            if let Some(at) = limit.until(way) {
+                self.limited.remove(&(at, stream.slot(), way));
+            }
+        }
     }
 
     fn handle_event(&mut self, now: Tick, event: Event) {
@@ -45,7 +87,7 @@ impl<C: Carrier> Port<C> {
             Event::Writable { stream } => self.settle(now, stream.slot()),
             Event::PeerShutdown { stream, how } => self.peer_shutdown(now, stream, how),
             Event::HungUp { stream } => self.hung_up(now, stream),
-            Event::Closed { stream, reason } => self.closed(stream, reason),
+            Event::Closed { stream, reason } => self.closed(now, stream, reason),
         }
     }
 
@@ -199,7 +241,7 @@ impl<C: Carrier> Port<C> {
         self.settle(now, stream.slot());
     }
 
-    fn closed(&mut self, stream: StreamId, reason: Option<ResetReason>) {
+    fn closed(&mut self, now: Tick, stream: StreamId, reason: Option<ResetReason>) {
         if self.entry(stream).is_none() {
             return; // a failed dial, which was reported already
         }
@@ -226,6 +268,13 @@ impl<C: Carrier> Port<C> {
                     )
                 );
         let reason = reason.filter(|_| !(complete && reason == Some(ResetReason::HungUp)));
+        if let Some(limit) = entry.limit.take() {
+            self.forget_waits(stream, &limit);
+            if complete {
+                // They go to a sink that outlives the stream, as fast as it takes them.
+                limit.charge(now, Way::Out, entry.held.len() as u32);
+            }
+        }
         match entry.sink.take() {
             Some(Sink::Fd(fd)) => {
                 self.watch.remove(fd.as_fd());
@@ -299,7 +348,7 @@ impl<C: Carrier> Port<C> {
         };
         let mut gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
         if !linger.held.is_empty() {
-            let written = entry::write_held(linger.fd.as_fd(), &mut linger.held);
+            let written = entry::write_held(linger.fd.as_fd(), &mut linger.held, usize::MAX);
             gone |= written.is_err();
             if linger.held.is_empty() {
                 entry::finish(linger.fd.as_fd());
@@ -320,7 +369,7 @@ impl<C: Carrier> Port<C> {
             return;
         };
         let id = entry.id;
-        match entry.flush(&mut self.counters.bytes_copied) {
+        match entry.flush(now, &mut self.counters.bytes_copied) {
             Ok(0) => {}
             Ok(n) => self.engine.consumed(now, id, n),
             Err(e) => {
@@ -332,11 +381,15 @@ impl<C: Carrier> Port<C> {
         self.watch_room(now, slot);
     }
 
-    /// Asks epoll to report when a socket has room, if bytes are held for it.
+    /// Asks epoll to report when a socket has room, if bytes are held for it and only its room is missing.
     pub(super) fn watch_room(&mut self, now: Tick, slot: u32) {
         let Some(Some(entry)) = self.entries.get_mut(slot as usize) else {
             return;
         };
+        if let Some(at) = entry.waits(Way::Out) {
+            self.limited.insert((at, slot, Way::Out));
+            return;
+        }
         if entry.held.is_empty() || entry.room_watched {
             return;
         }

@@ -12,6 +12,8 @@
 //! - RX always drains. The credit of its stream limits a sink that is not read; packets are never left in the queue
 //!   for it. So one stopped reader does not stop other streams.
 //! - A sink is watched edge-triggered: after `WouldBlock` it is not tried again before the next edge.
+//! - A sink whose limit lets nothing through is neither read nor written to until its time; the engine is told that it has
+//!   nothing. Without limits no timer runs.
 //! - The engine's stream table, its credit pool and the `*_MAX` here bound everything that can grow.
 //!
 //! A [`Shard`](crate::shard::Shard) drives a `Port`. The shard owns the epoll set with the `Port`'s descriptors.
@@ -41,6 +43,7 @@ use crate::carrier::{Carrier, CarrierFault};
 use crate::dial::{Dial, DialError, DialRequest};
 use crate::hello::Accept;
 use crate::live::LiveTable;
+use crate::rate::Way;
 use crate::sink::{Local, ServiceEvent, Sink};
 use crate::socket_end;
 use entry::{Entry, Phase};
@@ -188,6 +191,9 @@ pub struct Port<C: Carrier> {
     entries: Vec<Option<Entry>>,
     /// Deadlines of dials with their slots, soonest first: an index of what the [`Dial`]s of the entries say.
     deadlines: BTreeSet<(Tick, u32)>,
+    /// When the limits of streams let something through again, with their slots: an index of what the [`Limit`](crate::rate)s
+    /// of the entries say. Empty while nothing waits for that.
+    limited: BTreeSet<(Tick, u32, Way)>,
     lingering: Vec<Option<Linger>>,
     notices: VecDeque<Notice>,
     /// Local ends to wake at the end of the burst.
@@ -231,6 +237,7 @@ impl<C: Carrier> Port<C> {
             starved: false,
             entries: Vec::new(),
             deadlines: BTreeSet::new(),
+            limited: BTreeSet::new(),
             lingering: Vec::new(),
             notices: VecDeque::new(),
             wakes: Vec::new(),

@@ -14,6 +14,7 @@ use adit_engine::{EngineConfig, ResetReason, StreamId};
 use super::Notice;
 use crate::dial::{DialError, DialRequest};
 use crate::hello::{self, Accept, Common, Hello, Open, Refuse};
+use crate::rate::Rate;
 use crate::refusal::Refusal;
 use crate::shard::{Handle, News, ShardThread};
 use crate::sink::{Service, ServiceEvent, Sink, StreamIo};
@@ -135,6 +136,97 @@ fn r55_one_stopped_reader_stops_nobody_else() {
     flow.sent = sent;
     pair.until(|_| flow.go());
     assert!(flow.got == flow.data);
+}
+
+/// Has both directions of a stream limited, on the side that dialled.
+fn limited(pair: &mut Pair, stream: StreamId, rate: &Rate) {
+    let now = pair.a.now();
+    pair.a.port_mut(HERE).limit(now, stream, vec![rate.clone()]);
+}
+
+#[test]
+fn r110_a_limited_stream_slows_only_those_that_share_its_rate() {
+    let mut pair = Pair::new();
+    let rate = Rate::new(1024);
+    let (near, far, stream) = pair.connect();
+    limited(&mut pair, stream, &rate);
+    let begin = std::time::Instant::now();
+    // Minutes of its rate, each way.
+    let mut out = Flow::new(&near, &far, pattern(1, 300_000), 8191);
+    let mut back = Flow::new(&far, &near, pattern(2, 300_000), 8191);
+    for i in 0..4 {
+        let (free, end, _) = pair.connect();
+        let mut flows = [
+            Flow::new(&free, &end, pattern(i, 2 << 20), 8191),
+            Flow::new(&end, &free, pattern(!i, 2 << 20), 8191),
+        ];
+        pair.until(|_| {
+            let _ = (out.go(), back.go());
+            flows[0].go() & flows[1].go()
+        });
+        assert!(flows.iter().all(|flow| flow.got == flow.data));
+    }
+    // What it moved meanwhile is what its rate lets through, however long that was: a second ahead, and one chunk.
+    let most = 1024 * (begin.elapsed().as_secs() as usize + 3);
+    assert!((1..=most).contains(&out.got.len()), "{}", out.got.len());
+    assert!((1..=most).contains(&back.got.len()), "{}", back.got.len());
+    // Another rate counts at once, and no byte is missing.
+    rate.change(pair.a.now(), 1 << 30);
+    limited(&mut pair, stream, &rate);
+    pair.until(|_| out.go() & back.go());
+    assert!(out.got == out.data && back.got == back.data);
+    drop((near, far));
+    pair.until(Pair::idle);
+    assert!(pair.a.port(HERE).limited.is_empty());
+}
+
+#[test]
+fn a_limited_stream_that_waits_causes_no_turns_until_its_time() {
+    let mut pair = Pair::new();
+    let (near, far, stream) = pair.connect();
+    limited(&mut pair, stream, &Rate::new(1));
+    let mut out = Flow::new(&near, &far, pattern(1, 100_000), 8191);
+    let mut back = Flow::new(&far, &near, pattern(2, 100_000), 8191);
+    // Until everything that can move has moved.
+    for _ in 0..2000 {
+        let _ = (out.go(), back.go());
+        pair.turn();
+    }
+    let a = &mut pair.a;
+    while a.wait_limit() == Some(Duration::ZERO) {
+        a.turn(Some(Duration::ZERO)).unwrap();
+    }
+    let polls = a.port(HERE).counters().polls;
+    for _ in 0..100 {
+        a.turn(Some(Duration::ZERO)).unwrap();
+    }
+    assert_eq!(a.port(HERE).counters().polls, polls);
+    // The timer of both directions is set, and no end of the stream leaves one behind.
+    assert_eq!(a.port(HERE).limited.len(), 2);
+    assert!(a.wait_limit().is_some());
+    let now = pair.a.now();
+    pair.a.port_mut(HERE).reset(now, stream, ResetReason::Local);
+    pair.until(Pair::idle);
+    assert!(pair.a.port(HERE).limited.is_empty());
+}
+
+#[test]
+fn what_a_limited_stream_says_before_it_ends_arrives_whole() {
+    let mut pair = Pair::new();
+    let rate = Rate::new(200_000);
+    for far_first in [true, false] {
+        let (near, far, stream) = pair.connect();
+        limited(&mut pair, stream, &rate);
+        let (from, to) = match far_first {
+            true => (far, near),
+            false => (near, far),
+        };
+        let data = pattern(7, 60_000);
+        let sent = { &from }.write(&data).unwrap();
+        drop(from);
+        assert!(read_to_end(&mut pair, &to) == data[..sent]);
+    }
+    pair.until(Pair::idle);
 }
 
 #[test]

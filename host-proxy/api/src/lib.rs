@@ -517,6 +517,16 @@ pub struct GrantShown {
     pub until: Option<String>,
     /// Its time is over.
     pub expired: bool,
+    /// Connections that each of them may open in a second; none: any number.
+    // A build before does not say these.
+    #[serde(default)]
+    pub connections_per_s: Option<u32>,
+    /// Bytes a second, each way, of each of them with one VM; none: any number.
+    #[serde(default)]
+    pub bytes_per_s: Option<u64>,
+    /// How many times a client's share each of them has.
+    #[serde(default)]
+    pub weight: Option<u32>,
 }
 
 /// What became of the configuration file when it was read last: at the start, or at SIGHUP.

@@ -26,6 +26,9 @@
 //!   ◀────────────────────────────── Tunnels   a page of those with a tag
 //!   EndTunnels{numbers} ───────────────────▶  they are broken off
 //!
+//!   ConnectLimited{noted, limits} + 1 fd ──▶  as ConnectNoted; so many bytes a second go through, also without aditd
+//!   SetLimits{tunnels} ────────────────────▶  other limits, for tunnels with a tag
+//!
 //!   ConnectNoted{connect, tag, note} + 1 fd ▶  as ConnectAs; when the tunnel ends, its note comes back
 //!   ◀──────────────────────────── Ends{seq}   those that have ended since; also those of an aditd before
 //!   EndsTaken{seq} ────────────────────────▶  and then the next ones
@@ -65,6 +68,12 @@ pub const FEATURE_CONNECT: u64 = 1;
 pub const FEATURE_TUNNELS: u64 = 2;
 /// Bit of [`Features`]: the port process knows `ConnectNoted` and `EndsTaken`, and says `Ends`.
 pub const FEATURE_ENDS: u64 = 4;
+/// Bit of [`Features`]: the port process knows `ConnectLimited` and `SetLimits`.
+pub const FEATURE_LIMITS: u64 = 8;
+/// Most limits of a tunnel.
+pub const LIMITS_MAX: usize = 4;
+/// Most tunnels of a `SetLimits`: with as many limits as they may have, it fits a packet.
+pub const LIMITED_MAX: usize = 512;
 /// Most bytes of a tunnel's note.
 pub const NOTE_MAX: usize = 1024;
 /// Most tunnels of an [`Ends`].
@@ -184,6 +193,38 @@ pub struct ConnectNoted {
     pub tag: Option<Vec<u8>>,
     /// At most [`NOTE_MAX`] bytes, which are `aditd`'s own matter.
     pub note: Vec<u8>,
+}
+
+/// Name of a rate that tunnels of one VM share. What it says is `aditd`'s own matter.
+pub type LimitKey = [u8; 16];
+
+/// How many bytes a second may go through, in each direction: of all tunnels with this key together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// Which tunnels.
+    pub key: LimitKey,
+    /// Bytes a second; the one that is said last counts for all of them.
+    pub bytes_per_s: u64,
+}
+
+/// As [`ConnectNoted`], for a tunnel that is limited.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectLimited {
+    /// The question.
+    pub connect: Connect,
+    /// As that of [`ConnectAs`], if it has one.
+    pub tag: Option<Vec<u8>>,
+    /// As that of [`ConnectNoted`], if it has one.
+    pub note: Option<Vec<u8>>,
+    /// At most [`LIMITS_MAX`]. All of them hold.
+    pub limits: Vec<Limit>,
+}
+
+/// Replaces the limits of tunnels. Those that have ended meanwhile are left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetLimits {
+    /// Their numbers, and the limits of each: at most [`LIMITED_MAX`] tunnels with at most [`LIMITS_MAX`] limits each.
+    pub tunnels: Vec<(u64, Vec<Limit>)>,
 }
 
 /// Tunnels with a note that have ended: at most [`ENDS_MAX`], and [`NOTES_MAX`] bytes of notes. The next ones come when these are

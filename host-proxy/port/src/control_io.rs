@@ -230,6 +230,10 @@ mod tests {
             faults: 0,
             last_fault: String::new(),
         };
+        let limit = Limit {
+            key: [5; 16],
+            bytes_per_s: u64::MAX,
+        };
         let dial = |to| {
             Message::Dial(Dial {
                 id: 1,
@@ -257,6 +261,15 @@ mod tests {
                 connect: connect(PREFIX_MAX, GREETING_MAX),
                 tag: Some(vec![9; TAG_MAX]),
                 note: vec![9; NOTE_MAX],
+            }),
+            Message::ConnectLimited(ConnectLimited {
+                connect: connect(PREFIX_MAX, GREETING_MAX),
+                tag: Some(vec![1; TAG_MAX]),
+                note: Some(vec![2; NOTE_MAX]),
+                limits: vec![limit; LIMITS_MAX],
+            }),
+            Message::SetLimits(SetLimits {
+                tunnels: vec![(u64::MAX, vec![limit; LIMITS_MAX]); LIMITED_MAX],
             }),
             Message::EndsTaken(EndsTaken { seq: u64::MAX }),
             Message::Ends(Ends {

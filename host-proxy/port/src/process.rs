@@ -35,7 +35,7 @@ use crate::control_io::{ControlError, Message, receive, send_all};
 use crate::keep::Keeping;
 use crate::rings::{RingInbox, RingInfo, RingNews};
 use bell::Bell;
-use dials::Dials;
+use dials::{Dials, Terms};
 use pace::Pace;
 
 /// Most frames that wait for `aditd`.
@@ -52,6 +52,7 @@ mod dial_table;
 mod dials;
 mod ends;
 mod pace;
+mod rates;
 mod ring;
 mod say;
 mod tunnels;
@@ -91,6 +92,7 @@ pub struct Process<C: Carrier> {
     rings: Option<Rings>,
     tunnels: tunnels::Table<At>,
     ends: ends::Ends<At>,
+    rates: rates::Rates,
     listener: OwnedFd,
     /// A reserve descriptor. It is closed to accept `aditd`'s next connection when tunnels use all others.
     spare: Option<OwnedFd>,
@@ -167,6 +169,7 @@ impl<C: Carrier> Process<C> {
             rings: None,
             tunnels: tunnels::Table::default(),
             ends: ends::Ends::default(),
+            rates: rates::Rates::default(),
             listener: control,
             spare: Some(stop.try_clone()?),
             stop,
@@ -348,6 +351,9 @@ impl<C: Carrier> Process<C> {
                         Message::ConnectNoted(noted) => {
                             self.say_failed(noted.connect.id, &DialError::Busy);
                         }
+                        Message::ConnectLimited(limited) => {
+                            self.say_failed(limited.connect.id, &DialError::Busy);
+                        }
                         _ => {}
                     }
                 }
@@ -415,9 +421,11 @@ impl<C: Carrier> Process<C> {
 
     fn message(&mut self, message: Message, fd: Option<OwnedFd>) -> Result<(), &'static str> {
         match message {
-            Message::Connect(connect) => self.connect(connect, None, None, fd),
+            Message::Connect(connect) => self.connect(connect, Terms::default(), fd),
             Message::ConnectAs(connect) => self.connect_as(connect, fd),
             Message::ConnectNoted(connect) => self.connect_noted(connect, fd),
+            Message::ConnectLimited(connect) => self.connect_limited(connect, fd),
+            Message::SetLimits(limits) => self.set_limits(&limits),
             Message::EndsTaken(taken) => {
                 self.ends.taken(taken.seq);
                 Ok(())

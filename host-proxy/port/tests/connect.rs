@@ -158,6 +158,45 @@ fn a_tunnel_takes_two_crossings_of_the_control_socket() {
 }
 
 #[test]
+fn the_first_byte_takes_one_round_trip_through_the_guest_and_two_with_an_agent() {
+    let service = Target::Service("tcp:80".parse().unwrap());
+    for (to, most) in [(Target::VsockPort(22), 1), (service, 2)] {
+        let (_running, aditd, mut guest) = started(&[22, hello::PORT]);
+        // Packets from the host: each round trip begins with one.
+        let heard = |guest: &Guest| {
+            let counters = guest.shard.port(guest.port).counters();
+            counters.packets_from_guest
+        };
+        let before = heard(&guest);
+        let (client, passed) = tcp();
+        let is_service = matches!(to, Target::Service(_));
+        connect(&aditd, Connect { to, ..dial(1) }, &passed);
+        let (far, sink) = far();
+        guest.accept(sink);
+        let mut first = b"first".to_vec();
+        if is_service {
+            let mut asked = Vec::new();
+            guest.until(|_| {
+                let mut buf = [0; 1088];
+                let n = { &far }.read(&mut buf).unwrap_or(0);
+                asked.extend_from_slice(&buf[..n]);
+                hello::read(&mut &asked[..]).ok()
+            });
+            let common = Common::default();
+            let accept = Hello::Accept(Accept { common, version: 1 }).encode();
+            first.splice(..0, accept);
+        }
+        { &far }.write_all(&first).unwrap();
+        assert_eq!(heard(&guest) - before, most, "packets until it is said");
+        let want = [GREETING, b"first"].concat();
+        assert_eq!(take(&mut guest, &client, want.len()), want);
+        let (message, _) = guest.until(|_| aditd.heard());
+        assert!(matches!(message, Message::Dialed(d) if d.id == 1));
+        assert!(aditd.heard().is_none(), "a third frame");
+    }
+}
+
+#[test]
 fn what_a_client_sends_during_its_dial_follows_what_it_sent_before() {
     let (_running, aditd, mut guest) = started(&[22]);
     let (client, passed) = tcp();

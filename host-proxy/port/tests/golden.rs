@@ -128,6 +128,50 @@ fn messages() -> Vec<(Message, u8, u8, Vec<u8>)> {
             vec![7, 1, 22, 1, 0, 0, 0, 1, 1, 1, 2, 1, 1, 3, 2, 4, 5],
         ),
         (
+            Message::ConnectLimited(ConnectLimited {
+                connect: Connect {
+                    id: 7,
+                    to: Target::VsockPort(22),
+                    deadline_ms: 1,
+                    extensions: Extensions::default(),
+                    prefix: vec![1],
+                    greeting: vec![2],
+                },
+                tag: Some(vec![3]),
+                note: None,
+                limits: vec![Limit {
+                    key: [8; 16],
+                    bytes_per_s: 300,
+                }],
+            }),
+            14,
+            needed,
+            // As `ConnectNoted`, and there may be no note; the limits, each with its key.
+            [
+                &[7, 1, 22, 1, 0, 0, 0, 1, 1, 1, 2, 1, 1, 3, 0, 1][..],
+                &[8; 16],
+                &[0xac, 2],
+            ]
+            .concat(),
+        ),
+        (
+            Message::SetLimits(SetLimits {
+                tunnels: vec![
+                    (300, vec![]),
+                    (
+                        2,
+                        vec![Limit {
+                            key: [8; 16],
+                            bytes_per_s: 5,
+                        }],
+                    ),
+                ],
+            }),
+            15,
+            needed,
+            [&[2, 0xac, 2, 0, 2, 1][..], &[8; 16], &[5]].concat(),
+        ),
+        (
             Message::EndsTaken(EndsTaken { seq: 300 }),
             13,
             needed,

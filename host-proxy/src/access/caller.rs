@@ -29,6 +29,8 @@ struct Inner {
     from: String,
     /// The host that it came by way of.
     via: Option<VmId>,
+    /// What tells that host's clients apart. It proves nothing.
+    client: String,
     shown: Option<Shown>,
 }
 
@@ -70,6 +72,7 @@ impl Caller {
             subjects: vec![Subject::Anyone],
             from: "aditd.sock".into(),
             via: None,
+            client: String::new(),
             shown: None,
         }))
     }
@@ -82,6 +85,7 @@ impl Caller {
             subjects: vec![Subject::Anyone],
             from: from.to_string(),
             via: None,
+            client: String::new(),
             shown: None,
         }))
     }
@@ -145,6 +149,19 @@ impl Caller {
         inner.uid = None;
         inner.via = Some(host.clone());
         Self(Arc::new(inner)).with(vouched)
+    }
+
+    /// Notes which client of that host it is, as that host tells them apart.
+    #[must_use]
+    pub fn for_client(&self, client: String) -> Self {
+        let mut inner = Inner::clone(&self.0);
+        inner.client = client;
+        Self(Arc::new(inner))
+    }
+
+    /// Which client of the host that they came by way of.
+    pub fn client(&self) -> &str {
+        &self.0.client
     }
 
     /// Keeps what they showed for the host that has the VM; `is_strange`: it is no token of this one.

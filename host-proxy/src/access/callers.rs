@@ -17,9 +17,11 @@ use tokio::sync::{Semaphore, SetOnce};
 
 use super::caller::{Caller, Person};
 use super::certificate::Certificate;
+use super::client::Standing;
 use super::diag::{Diag, Socket};
 use super::tokens::Tokens;
 use crate::monitor::Monitor;
+use crate::state::State;
 
 /// How long what the user database said of a user is believed.
 pub const KNOWN_FOR: Duration = Duration::from_secs(30);
@@ -66,7 +68,10 @@ impl Known {
 #[derive(Clone)]
 pub struct Asking {
     found: Arc<SetOnce<Caller>>,
+    /// The user of this host, which is known before its name and its groups are; none: it is not asked for.
+    uid: Option<Arc<SetOnce<Option<u32>>>>,
     certificate: Option<Arc<Certificate>>,
+    standing: Option<Arc<Standing>>,
 }
 
 impl Asking {
@@ -78,7 +83,41 @@ impl Asking {
     fn new(found: SetOnce<Caller>) -> Self {
         Self {
             found: Arc::new(found),
+            uid: None,
             certificate: None,
+            standing: None,
+        }
+    }
+
+    /// The same one, whose weight counts there.
+    #[must_use]
+    pub fn with_standing(self, standing: Standing) -> Self {
+        Self {
+            standing: Some(Arc::new(standing)),
+            ..self
+        }
+    }
+
+    /// It is this caller: it has the weight of what that one is granted.
+    pub fn is(&self, state: &State, caller: &Caller) {
+        let grants = state.grants();
+        // What another host says of its clients is no weight of that host.
+        let standing = self.standing.as_ref().filter(|_| caller.via().is_none());
+        if let Some(standing) = standing.filter(|_| grants.has_weights()) {
+            standing.weighs(grants.weight(caller, state.now_ms()));
+        }
+    }
+
+    /// Whether the kernel is asked which user of this host has made the connection.
+    pub fn seeks_uid(&self) -> bool {
+        self.uid.is_some()
+    }
+
+    /// The user of this host who made a TCP connection, once the kernel has said; none: it is none's, or nobody knows.
+    pub async fn uid(&self) -> Option<u32> {
+        match &self.uid {
+            Some(uid) => *uid.wait().await,
+            None => None,
         }
     }
 
@@ -165,15 +204,22 @@ impl Callers {
         let server = connection.local_addr()?;
         let cookie = sockopt::socket_cookie(connection)?;
         let this = self.clone();
-        Ok(Asking::find(async move {
-            let Ok(diag) = &this.diag else {
-                return nobody;
+        let uid = Arc::new(SetOnce::new());
+        let said = uid.clone();
+        let asking = Asking::find(async move {
+            let user = match &this.diag {
+                Ok(diag) => diag.user(client, server, cookie).await,
+                Err(_) => None,
             };
-            match diag.user(client, server, cookie).await {
+            // It is set here only.
+            let _ = said.set(user);
+            match user {
                 Some(uid) => nobody.with_person(this.person(uid).await.as_ref()),
                 None => nobody,
             }
-        }))
+        });
+        let uid = Some(uid);
+        Ok(Asking { uid, ..asking })
     }
 
     /// A client of a Unix socket.

@@ -1,8 +1,12 @@
 //! Which client: whose share of the connections one takes, and who shows wrong tokens.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use adit_names::VmId;
 
 use super::caller::Caller;
+use crate::listen::Shares;
 
 /// A client, as far as others cannot be taken for it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -11,6 +15,10 @@ pub enum Whose {
     Address(IpAddr),
     /// A user of this host.
     Uid(u32),
+    /// Another host, with all who come by way of it.
+    Host(VmId),
+    /// One of them, as that host tells them apart.
+    Through(VmId, String),
 }
 
 impl Whose {
@@ -28,6 +36,27 @@ impl Whose {
             (Some(uid), _) => Self::Uid(uid),
             (None, Ok(from)) => Self::at(from.ip()),
             (None, Err(_)) => Self::Address(Ipv4Addr::UNSPECIFIED.into()),
+        }
+    }
+}
+
+/// Where a client's weight counts.
+#[derive(Clone, Debug)]
+pub struct Standing {
+    whose: Whose,
+    of: Vec<Arc<Shares<Whose>>>,
+}
+
+impl Standing {
+    /// A client that has a share of each of these.
+    pub fn new(whose: Whose, of: Vec<Arc<Shares<Whose>>>) -> Self {
+        Self { whose, of }
+    }
+
+    /// It has shown that it has this weight.
+    pub fn weighs(&self, weight: usize) {
+        for shares in &self.of {
+            shares.weigh(&self.whose, weight);
         }
     }
 }

@@ -126,6 +126,7 @@ pub struct Grants {
     all: Vec<Grant>,
     by_subject: HashMap<Subject, OfSubject>,
     has_rates: bool,
+    has_weights: bool,
 }
 
 impl Grants {
@@ -138,11 +139,15 @@ impl Grants {
                 of_subject.add(nth, &grant.vms);
             }
         }
-        let has_rates = all.iter().any(|grant| grant.connections_per_s.is_some());
+        let is_rated =
+            |grant: &Grant| grant.connections_per_s.is_some() || grant.bytes_per_s.is_some();
+        let has_rates = all.iter().any(is_rated);
+        let has_weights = all.iter().any(|grant| grant.weight > 1);
         Self {
             all,
             by_subject,
             has_rates,
+            has_weights,
         }
     }
 
@@ -231,14 +236,30 @@ impl Grants {
 
     /// Whether a caller may see any VM at all, there or not.
     pub fn sees_any(&self, caller: &Caller, now_ms: i64) -> bool {
-        let is_over = |grant: &Grant| grant.until_ms.is_some_and(|until| now_ms >= until);
+        let is = |grant: &Grant| grant.may.iter().any(|may| may.covers(Verb::See));
+        caller.is_owner() || self.of_caller(caller, now_ms).any(is)
+    }
+
+    /// Whether any of them has a weight.
+    pub fn has_weights(&self) -> bool {
+        self.has_weights
+    }
+
+    /// How many times a client's share somebody has: by whichever grant it is most.
+    pub fn weight(&self, caller: &Caller, now_ms: i64) -> usize {
+        let weights = self.of_caller(caller, now_ms).map(|grant| grant.weight);
+        usize::try_from(weights.max().unwrap_or(1)).unwrap_or(1)
+    }
+
+    /// All grants to a caller, whatever they are about.
+    fn of_caller(&self, caller: &Caller, now_ms: i64) -> impl Iterator<Item = &Grant> {
+        let is_over = move |grant: &Grant| grant.until_ms.is_some_and(|until| now_ms >= until);
         let subjects = caller.subjects().iter();
         let all = subjects
             .filter_map(|subject| self.by_subject.get(subject))
             .flat_map(|of_subject| &of_subject.all);
-        let mut all = all.filter_map(|nth| self.all.get(*nth));
-        let is = |grant: &Grant| grant.may.iter().any(|may| may.covers(Verb::See));
-        caller.is_owner() || all.any(|grant| is(grant) && !is_over(grant))
+        let all = all.filter_map(|nth| self.all.get(*nth));
+        all.filter(move |grant| !is_over(grant))
     }
 
     /// Whether any of them has a rate.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use adit_api::HostEventKind;
 use adit_names::VmId;
-use adit_port::control::TUNNELS_MAX;
+use adit_port::control::{LIMITED_MAX, Limit, TUNNELS_MAX};
 
 use super::decide::Verb;
 use super::tag::Tag;
@@ -114,12 +114,12 @@ async fn judge(state: &Arc<State>, vm: &VmEntry, link: &Link) {
             is_unknown = vm.channel.link().is_some_and(is_there);
             break;
         };
-        let mut gone = Vec::new();
+        let (mut gone, mut limited) = (Vec::new(), Vec::new());
         for (number, tag) in &page.tunnels {
             after = after.max(*number);
             let Some(tag) = Tag::read(tag) else { continue };
             match judged(state, vm, &tag).await {
-                Judged::GoesOn => {}
+                Judged::GoesOn(limits) => limited.push((*number, limits)),
                 Judged::Ends => gone.push(*number),
                 Judged::Unknown => is_unknown = true,
             }
@@ -128,6 +128,10 @@ async fn judge(state: &Arc<State>, vm: &VmEntry, link: &Link) {
             let name = Some(vm.name.as_str());
             let cut = gone.len() as u64;
             state.events.count(HostEventKind::TunnelsCut, name, cut);
+        }
+        // Also those that have none any more.
+        for limited in limited.chunks(LIMITED_MAX).filter(|_| link.limits()) {
+            link.set_limits(limited.to_vec()).await;
         }
         let is_over = page.last || page.tunnels.is_empty();
         for gone in gone.chunks(TUNNELS_MAX) {
@@ -148,9 +152,10 @@ async fn judge(state: &Arc<State>, vm: &VmEntry, link: &Link) {
 }
 
 /// What becomes of a tunnel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Judged {
-    GoesOn,
+    /// With so many bytes a second from now on.
+    GoesOn(Vec<Limit>),
     Ends,
     /// Its user's groups may decide, and the user database does not answer: it goes on until that does.
     Unknown,
@@ -166,21 +171,27 @@ async fn judged(state: &State, vm: &VmEntry, tag: &Tag) -> Judged {
         }
         _ => true,
     });
-    let (verb, grants) = (Verb::Reach(tag.target()), state.grants());
     // The VM's own lists are about new streams.
-    let is_granted =
-        |caller: &Caller| vm.viewed(|vm| grants.granted(caller, verb, vm, now_ms).is_ok());
-    if is_granted(&caller) {
-        return Judged::GoesOn;
+    let granted = |caller: &Caller| state.limits(caller, tag.target(), vm);
+    let without_groups = granted(&caller);
+    // A group may bring a grant by which more bytes go.
+    if let Some(limits) = without_groups.as_ref().filter(|limits| limits.is_empty()) {
+        return Judged::GoesOn(limits.clone());
     }
     if let Some(uid) = tag.uid() {
         match state.callers.look_up(uid).await {
-            Some(person) if is_granted(&caller.with_groups(&person)) => return Judged::GoesOn,
-            Some(_) => {}
+            Some(person) => {
+                if let Some(limits) = granted(&caller.with_groups(&person)) {
+                    return Judged::GoesOn(limits);
+                }
+            }
             None => return Judged::Unknown,
         }
     }
-    let (word, target) = verb.words();
+    if let Some(limits) = without_groups {
+        return Judged::GoesOn(limits);
+    }
+    let (word, target) = Verb::Reach(tag.target()).words();
     // By the name that it had then.
     let caller = tag.caller(|_| true);
     state.denied(&caller, word, vm.name.as_str(), &target, "grant-gone");

@@ -43,6 +43,10 @@ pub struct Grant {
     pub until_ms: Option<i64>,
     /// Connections that each of them may open in a second; none: any number.
     pub connections_per_s: Option<u32>,
+    /// Bytes a second, in each direction, of all tunnels of each of them to one VM; none: any number.
+    pub bytes_per_s: Option<u64>,
+    /// How many times a client's share each of them has.
+    pub weight: u32,
     /// Where it is written: file and line.
     pub place: String,
 }

@@ -13,6 +13,7 @@
 //! | `decide` | the decision. Pure, as are those before it: front ends, `adit access` and tests ask the same function |
 //! | `callers`, `diag`, `tokens`, `certificate` | finds out who is at the other end of a connection |
 //! | `log_in`, `guesses`, `client` | a token that is shown; who has shown too many wrong ones (pure), and who is one client |
+//! | `rate`, `limits` | how many connections, and how many bytes, a second |
 //! | `audit` | what was denied |
 //! | `tag`, `enforce` | tunnels that end with their grant |
 
@@ -26,6 +27,7 @@ pub mod diag;
 pub mod enforce;
 pub mod grant;
 pub mod guesses;
+pub mod limits;
 pub mod log_in;
 pub mod rate;
 pub mod subject;

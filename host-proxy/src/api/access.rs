@@ -172,6 +172,9 @@ pub(super) async fn grants(
             .and_then(|ms| Timestamp::from_millisecond(ms).ok())
             .map(|at| at.to_string()),
         expired: grant.until_ms.is_some_and(|until| now_ms >= until),
+        connections_per_s: grant.connections_per_s,
+        bytes_per_s: grant.bytes_per_s,
+        weight: Some(grant.weight),
     };
     let all: Vec<GrantShown> = match of.vm {
         None => grants.all().iter().map(shown).collect(),

@@ -1,8 +1,8 @@
 //! Who makes a request, and whether they may: on the operator's socket the owner; on a management listener whoever has proved it, as
 //! far as grants go.
 //!
-//! A VM that a caller may not `see` is answered for as one that is not there, byte for byte. What is denied is written down once;
-//! what a list leaves out is not.
+//! A VM that a caller may not `see` is answered for as one that is not there, byte for byte. What is denied is written down once, and
+//! so is what is allowed, where the audit has that; what a list shows or leaves out is not.
 
 use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
@@ -101,7 +101,7 @@ impl Asks {
 
     /// Whether the VM of that name, which need not be there, is shown in a list.
     pub(super) fn sees(&self, state: &State, verb: Verb<'_>, name: &str) -> bool {
-        self.is_owner() || matches!(self.decided(state, verb, name), Decided::Allowed)
+        self.is_owner() || matches!(self.decided(state, verb, name), Decided::Allowed(_))
     }
 
     /// Names of all VMs with tasks that a list may show; none: it is not limited.
@@ -124,7 +124,12 @@ impl Asks {
             return Ok(());
         }
         let denied = match self.decided(state, verb, name) {
-            Decided::Allowed => return Ok(()),
+            Decided::Allowed(by) => {
+                if let Some(by) = by {
+                    state.allowed(&self.caller, verb.words().0, name, &by);
+                }
+                return Ok(());
+            }
             Decided::Denied(denied) => denied,
         };
         let (word, target) = verb.words();
@@ -142,16 +147,28 @@ impl Asks {
     /// They may not: no grant for `*` has it.
     pub(super) fn may_of_host(&self, state: &State, verb: Verb<'_>) -> Result<(), ApiError> {
         let grants = state.grants();
-        let Err(reason) = grants.of_host(&self.caller, verb, state.now_ms()) else {
-            return Ok(());
-        };
         let (word, _) = verb.words();
+        let reason = match grants.of_host(&self.caller, verb, state.now_ms()) {
+            Ok(by) => {
+                if let Some(by) = by {
+                    state.allowed(&self.caller, word, "*", &by.place);
+                }
+                return Ok(());
+            }
+            Err(reason) => reason,
+        };
         state.denied(&self.caller, word, "*", "", reason.word());
         let caller = &self.caller;
         let text = format!(
             "no grant lets {caller} {word} this host: it takes one with `vms = [\"*\"]` and `may = [\"{word}\"]`"
         );
         Err(self.forbidden(text))
+    }
+
+    /// Whether they may do what concerns the whole host, without a line for it.
+    pub(super) fn has_of_host(&self, state: &State, verb: Verb<'_>) -> bool {
+        let grants = state.grants();
+        grants.of_host(&self.caller, verb, state.now_ms()).is_ok()
     }
 
     /// Whether they may do what only the owner may.
@@ -191,7 +208,10 @@ impl Asks {
         let (grants, now_ms) = (state.grants(), state.now_ms());
         let decide = |view: VmView<'_>, is_there: bool| {
             let denial = match grants.decide(&self.caller, verb, view, now_ms) {
-                Access::Allow(_) => return Decided::Allowed,
+                Access::Allow(by) => {
+                    let by = by.filter(|_| is_there);
+                    return Decided::Allowed(by.map(|grant| grant.place.clone()));
+                }
                 Access::Deny(denial) => denial,
             };
             let shown = is_there && !denial.is_hidden;
@@ -212,7 +232,8 @@ impl Asks {
 }
 
 enum Decided {
-    Allowed,
+    /// By the grant that is written there; none: there is no such VM.
+    Allowed(Option<String>),
     Denied(Denied),
 }
 

@@ -71,7 +71,9 @@ pub(super) async fn follow(
             // What let it begin may have ended meanwhile.
             if !asks.is_owner() {
                 let asks = asks.again(&state).await;
-                if asks.may_of_host(&state, Verb::See).is_err() {
+                // It is written down that it may not any more, and not each time that it still may.
+                if !asks.has_of_host(&state, Verb::See) {
+                    let _ = asks.may_of_host(&state, Verb::See);
                     return;
                 }
             }

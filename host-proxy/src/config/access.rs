@@ -303,9 +303,19 @@ pub struct GrantConfig {
     /// Connections that each of them may open in a second.
     #[serde(default)]
     pub connections_per_s: Option<u32>,
+    /// Bytes a second, each way, of all tunnels of each of them to one VM.
+    #[serde(default)]
+    pub bytes_per_s: Option<u64>,
+    /// How many times a client's share each of them has.
+    #[serde(default = "default_weight")]
+    pub weight: u32,
     /// File and line.
     #[serde(skip)]
     pub place: String,
+}
+
+const fn default_weight() -> u32 {
+    1
 }
 
 impl GrantConfig {
@@ -320,6 +330,8 @@ impl GrantConfig {
             may: all(&self.may),
             until_ms: self.until.map(Timestamp::as_millisecond),
             connections_per_s: self.connections_per_s,
+            bytes_per_s: self.bytes_per_s,
+            weight: self.weight,
             place: self.place.clone(),
         }
     }

@@ -12,8 +12,8 @@ use adit_tasks::card::LABELS_MAX;
 use super::access::{self, Address, ROLES, SPEAKS};
 use super::hosts::{self, Pin};
 use super::{
-    ACCESS_LOGS, ALLOW_MAX, BUSY_POLL_US_MAX, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX, RATE_MAX,
-    SERVICES_MAX, Trust, UidRange, WEIGHT_MAX,
+    ACCESS_LOGS, ALLOW_MAX, BUSY_POLL_US_MAX, BYTES_PER_S, CID_MAX, CID_MIN, IVSHMEM_MIB_MAX,
+    RATE_MAX, SERVICES_MAX, Trust, UidRange, WEIGHT_MAX,
 };
 use crate::access::grant::LIST_MAX;
 use crate::access::vms::Vms;
@@ -343,7 +343,8 @@ const KEYS: &[Key] = &[
     },
     Key {
         path: "limits.connections_per_client",
-        meaning: "Client connections, and streams of HTTP/2 in them, from one IP address, or from one /64 of IPv6. All users of this host share its address.",
+        meaning: "Client connections, and streams of HTTP/2 in them, of one client: an IP address, or a /64 of IPv6; on this host, a user. \
+                  Another host has one share, and each of its clients half of that.",
         default: "half of all connections",
         example: "2048",
         kind: Kind::Number { min: 1, max: U32 },
@@ -587,6 +588,27 @@ const KEYS: &[Key] = &[
         },
     },
     Key {
+        path: "grant.weight",
+        meaning: "How many times `limits.connections_per_client` each of those in `to` may have. Whoever has several grants has the highest.",
+        default: "1",
+        example: "4",
+        kind: Kind::Number {
+            min: 1,
+            max: WEIGHT_MAX as u64,
+        },
+    },
+    Key {
+        path: "grant.bytes_per_s",
+        meaning: "Bytes a second that go to one VM, and as many back, on all that each of those in `to` has opened there by this grant. \
+                  Whoever has a second grant has the one by which more go.",
+        default: "none: any number",
+        example: "1000000",
+        kind: Kind::Number {
+            min: BYTES_PER_S.0,
+            max: BYTES_PER_S.1,
+        },
+    },
+    Key {
         path: "token.name",
         meaning: "Name of a token, which grants have after `token:`. `adit access token NAME` makes one, and prints this section.",
         default: REQUIRED,
@@ -779,6 +801,16 @@ const KEYS: &[Key] = &[
             max: RATE_MAX as u64,
         },
     },
+    Key {
+        path: "vm.bytes_per_s",
+        meaning: "Bytes a second that go to this VM, and as many back, on all that clients have opened there together.",
+        default: "none: any number",
+        example: "10000000",
+        kind: Kind::Number {
+            min: BYTES_PER_S.0,
+            max: BYTES_PER_S.1,
+        },
+    },
 ];
 
 /// Sections of which there may be many, and what each one is.
@@ -932,27 +964,18 @@ mod tests {
             let with = match key.section() {
                 "" => parse(&(line + vm)),
                 "vm" => parse(&format!("{vm}{line}")),
-                "host" => {
+                section @ ("host" | "listen" | "grant") => {
                     let pin = "sha256/47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
-                    let host = format!(
-                        "[[host]]\nname = \"b\"\naddress = \"192.0.2.2:1\"\npin = \"{pin}\"\n"
-                    );
-                    assert_eq!(
-                        parse(&format!("{host}{line}")),
-                        parse(&host),
-                        "{}",
-                        key.path
-                    );
-                    continue;
-                }
-                "listen" => {
-                    let listen = "[[listen]]\naddress = \"127.0.0.1:1\"\n";
-                    assert_eq!(
-                        parse(&format!("{listen}{line}")),
-                        parse(listen),
-                        "{}",
-                        key.path
-                    );
+                    let needed = match section {
+                        "host" => {
+                            format!("name = \"b\"\naddress = \"192.0.2.2:1\"\npin = \"{pin}\"")
+                        }
+                        "listen" => "address = \"127.0.0.1:1\"".into(),
+                        _ => "to = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"see\"]".into(),
+                    };
+                    let without = format!("[[{section}]]\n{needed}\n");
+                    let with = parse(&format!("{without}{line}"));
+                    assert_eq!(with, parse(&without), "{}", key.path);
                     continue;
                 }
                 section => parse(&format!("[{section}]\n{line}{vm}")),

@@ -97,6 +97,7 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
                 Step::Token(token) => match log_in(&state, &caller, Some(&token)) {
                     Ok(name) => {
                         caller = caller.with_token(&name);
+                        asking.is(&state, &caller);
                         socks.logged_in(true)
                     }
                     Err(_) => socks.logged_in(false),

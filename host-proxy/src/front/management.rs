@@ -95,6 +95,9 @@ impl Admits for Door {
             }
         };
         request.headers.remove(AUTHORIZATION);
+        if let Some((token, _)) = &token {
+            self.asking.is(&self.state, &caller.with_token(token));
+        }
         let asks = Asks::of(&self.state, self.asking.clone(), token).await;
         request.extensions.insert(asks);
         Ok(())

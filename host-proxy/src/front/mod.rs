@@ -36,6 +36,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::refusal::Refusal;
+use adit_names::VmId;
 use adit_passed::Closer;
 use tokio::net::{TcpListener, UdpSocket, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -43,7 +44,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::access::Caller;
 use crate::access::callers::Asking;
-use crate::access::client::Whose;
+use crate::access::client::{Standing, Whose};
 use crate::config::{Address, ListenConfig, Role, Speak};
 use crate::listen::{Gate, Place, Share, Shares, Slot};
 use crate::metrics::{Listener as Counted, Turned};
@@ -201,13 +202,19 @@ impl Fronts {
             false => 0,
         };
         let of_each = of_each.unwrap_or(max / 2).max(1);
+        let clients = Shares::new(of_each);
+        let of_carried = Shares::new((carried / 2).clamp(1, of_each));
+        let of_managers = Shares::new((state.room.management / OF_MANAGEMENT).max(1));
+        // It is set here only.
+        let all = [&clients, &of_carried, &of_managers];
+        let _ = state.of_clients.set(all.map(Arc::clone));
         Arc::new(Self {
             gate: Gate::new(Counted::new((max - carried).max(1))),
             carried: Gate::new(Counted::new(carried)),
-            clients: Shares::new(of_each),
-            of_carried: Shares::new((carried / 2).clamp(1, of_each)),
+            clients,
+            of_carried,
             managers: Gate::new(Counted::new(state.room.management)),
-            of_managers: Shares::new((state.room.management / OF_MANAGEMENT).max(1)),
+            of_managers,
             api: management::Api::new(&state),
             refusals: Arc::new(Semaphore::new(REFUSALS_MAX)),
             dropped: Closer::new(DROPPED_MAX),
@@ -250,7 +257,7 @@ impl Fronts {
                 to: config.destination(&self.state.config.names.suffix),
                 nth,
             };
-            accepting.spawn(self.clone().accept(front));
+            accepting.spawn(self.clone().accept(Arc::new(front)));
         }
         accepting.close();
         Ok(async move {
@@ -260,7 +267,7 @@ impl Fronts {
         })
     }
 
-    async fn accept(self: Arc<Self>, front: Front) {
+    async fn accept(self: Arc<Self>, front: Arc<Front>) {
         let state = &self.state;
         loop {
             let accepted = tokio::select! {
@@ -316,19 +323,23 @@ impl Fronts {
     /// Serves a client that has its share, once there is a place.
     async fn let_in(
         self: &Arc<Self>,
-        front: &Front,
+        front: &Arc<Front>,
         accepted: Accepted,
         whose: Whose,
         asking: Asking,
     ) {
-        let share = self.shares_of(front.role).take(whose.clone());
+        // Whose it is, if the kernel is still asked for that, is seen after that.
+        let share = match asking.seeks_uid() {
+            true => Some(None),
+            false => self.shares_of(front.role).take(whose.clone()).map(Some),
+        };
         let of_carried = match accepted.is_carried() && front.role == Role::Proxy {
             true => self.of_carried.take(whose.clone()).map(Some),
             false => Some(None),
         };
         let (Some(share), Some(of_carried)) = (share, of_carried) else {
             front.counted.turned(Turned::Share);
-            return self.refuse(accepted, front);
+            return self.refuse(accepted, front, &whose);
         };
         let gate = self.gate_of(front.role, accepted.is_carried());
         // What is not let in waits in the kernel's backlog, bounded.
@@ -336,27 +347,59 @@ impl Fronts {
             place = gate.enter_of(&front.counted) => place,
             () = self.state.stop.cancelled() => return,
         };
-        let mut of = vec![self.clients.clone()];
-        of.extend(accepted.is_carried().then(|| self.of_carried.clone()));
-        let party = Party::new(whose, of, gate.clone());
-        self.serve(front, accepted, (asking, party), place, (share, of_carried));
+        self.serve(front, accepted, (asking, whose), place, (share, of_carried));
+    }
+
+    /// Whose a connection is, with its share: once the kernel has said which user of this host has made it, if it is asked for that.
+    ///
+    /// # Errors
+    /// That client has its share.
+    async fn settled(
+        &self,
+        front: &Front,
+        (asking, whose): (&Asking, Whose),
+        share: Option<Share<Whose>>,
+    ) -> Result<(Whose, Share<Whose>), Whose> {
+        if let Some(share) = share {
+            return Ok((whose, share));
+        }
+        let whose = asking.uid().await.map_or(whose, Whose::Uid);
+        let share = self.shares_of(front.role).take(whose.clone());
+        match share {
+            Some(share) => Ok((whose, share)),
+            None => Err(whose),
+        }
     }
 
     /// Serves a client to its end.
     fn serve(
         self: &Arc<Self>,
-        front: &Front,
+        front: &Arc<Front>,
         accepted: Accepted,
-        (asking, mut party): (Asking, Party),
+        (asking, whose): (Asking, Whose),
         place: Place,
-        held: Held,
+        (share, of_carried): (Option<Share<Whose>>, Option<Share<Whose>>),
     ) {
-        let (this, state) = (self.clone(), self.state.clone());
+        let (this, state, front) = (self.clone(), self.state.clone(), front.clone());
         let (role, speak, to) = (front.role, front.speak, front.to.clone());
         let (port, nth, dns) = (front.port, front.nth, front.dns.clone());
         self.state.clients.spawn(async move {
+            let settled = this.settled(&front, (&asking, whose), share);
+            let Some(settled) = clients::unless_over(&state, &place, settled).await else {
+                return;
+            };
+            let (mut whose, share) = match settled {
+                Ok(settled) => settled,
+                Err(whose) => {
+                    front.counted.turned(Turned::Share);
+                    return this.refuse(accepted, &front, &whose);
+                }
+            };
+            let is_carried = accepted.is_carried();
             // Whoever carries bytes for it has it too.
-            let held = Arc::new(held);
+            let held: Arc<Held> = Arc::new((share, of_carried));
+            let mut of_host = None;
+            let mut over_tls = false;
             let by = management::By::of(&accepted, state.tls.terms(nth).is_some());
             let from = accepted.from();
             let (client, asking) = match accepted {
@@ -369,7 +412,14 @@ impl Fronts {
                             let opening = state.tls.open(nth, terms, tcp, state.room, held);
                             match this.opened(opening, &place, from, speak).await {
                                 Some(opened) => {
-                                    party.over_tls = true;
+                                    over_tls = true;
+                                    if let Some(host) = this.host(&opened) {
+                                        whose = Whose::Host(host);
+                                        of_host = this.shares_of(role).take(whose.clone());
+                                        if of_host.is_none() {
+                                            return front.counted.turned(Turned::Share);
+                                        }
+                                    }
                                     let asking = asking.with_certificate(opened.certificate);
                                     (opened.client, asking)
                                 }
@@ -387,6 +437,17 @@ impl Fronts {
                     }
                 },
             };
+            let mut of = vec![this.shares_of(role).clone()];
+            of.extend(is_carried.then(|| this.of_carried.clone()));
+            let asking = asking.with_standing(Standing::new(whose.clone(), of.clone()));
+            if state.grants().has_weights() {
+                // Nobody waits for the user database before something is asked.
+                let (asking, state) = (asking.clone(), state.clone());
+                tokio::spawn(async move { asking.is(&state, &asking.caller().await) });
+            }
+            let gate = this.gate_of(role, is_carried).clone();
+            let mut party = Party::new(whose, of, gate);
+            party.over_tls = over_tls;
             match (speak, to) {
                 _ if role == Role::Management => {
                     this.api.serve(state, client, (asking, by), place).await;
@@ -405,8 +466,17 @@ impl Fronts {
                 // The configuration was checked.
                 (Speak::Any, None) => {}
             }
-            drop(held);
+            drop((held, of_host));
         });
+    }
+
+    /// The other host that a client is, by its certificate: wherever it connects from, it has its own share, with all who come by
+    /// way of it.
+    fn host(&self, opened: &Opened) -> Option<VmId> {
+        let shown = opened.certificate.as_ref()?;
+        let caller = Caller::anonymous("").with(shown.names());
+        let host = self.state.peers.of(&caller)?;
+        Some(host.config.name.clone())
     }
 
     /// Waits for a handshake, as long as the client has its place; none: the client is not served.
@@ -471,11 +541,11 @@ impl Fronts {
     }
 
     /// Says why there is no connection to be had, whatever was asked.
-    fn refuse(&self, accepted: Accepted, front: &Front) {
+    fn refuse(&self, accepted: Accepted, front: &Front, whose: &Whose) {
         let Ok(slot) = self.refusals.clone().try_acquire_owned() else {
             return;
         };
-        let max = self.shares_of(front.role).max();
+        let max = self.shares_of(front.role).max_of(whose);
         let why = format!("this client has {max} connections open");
         let why = Problem::from(Refusal::busy(why));
         // Nobody shakes hands for that.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use adit_channel::refusal::Refusal;
+use adit_names::VmId;
 
 use super::Whose;
 use crate::listen::{Gate, Share, Shares, Slot};
@@ -49,8 +50,41 @@ impl Party {
 
     /// How many streams it may have at a time, with nothing else open.
     pub fn max(&self) -> usize {
-        let of = self.of.iter().map(|shares| shares.max());
+        let of = self.of.iter().map(|shares| shares.max_of(&self.whose));
         of.min().unwrap_or(1)
+    }
+
+    /// The other host that it is, if it is one.
+    pub fn host(&self) -> Option<&VmId> {
+        match &self.whose {
+            Whose::Host(host) => Some(host),
+            _ => None,
+        }
+    }
+
+    /// For one more stream of a client that came by way of another host: half of that host's share is the most that one of them has, so
+    /// that it leaves something to the others. `weight`: how many times that, as far as the host has as much.
+    ///
+    /// # Errors
+    /// It has that.
+    pub fn one_more_of(
+        &self,
+        host: &VmId,
+        client: &str,
+        weight: usize,
+    ) -> Result<Vec<Share<Whose>>, Refusal> {
+        let whose = Whose::Through(host.clone(), client.to_owned());
+        let max = (self.max() / 2).max(1).saturating_mul(weight);
+        let shares = self
+            .of
+            .iter()
+            .map(|shares| shares.take_of(whose.clone(), max));
+        let shares: Option<Vec<_>> = shares.collect();
+        shares.ok_or_else(|| {
+            Refusal::busy(format!(
+                "this client has {max} streams open by way of host `{host}`"
+            ))
+        })
     }
 
     /// For one more stream: the first has what the connection has.

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use adit_channel::hello::Extensions;
 use adit_port::control::{
-    Ask, Attach, Cancel, Connect, ConnectAs, ConnectNoted, DIALS_MAX, Dial, DialError, DialFailed,
-    Dialed, Target,
+    Ask, Attach, Cancel, Connect, ConnectAs, ConnectLimited, ConnectNoted, DIALS_MAX, Dial,
+    DialError, DialFailed, Dialed, Limit, Target,
 };
 use adit_port::control_io::Message;
 use rustix::net::SendFlags;
@@ -45,6 +45,8 @@ pub struct Question {
     pub tag: Option<Vec<u8>>,
     /// What the port process says when the tunnel ends, if it is to. Only where it [tells](Link::tells_ends).
     pub note: Option<Vec<u8>>,
+    /// How many bytes a second go through. An older build lets any number through.
+    pub limits: Vec<Limit>,
 }
 
 /// The host's end of a stream.
@@ -176,7 +178,21 @@ impl Waits<'_> {
             prefix: ahead,
             greeting,
         };
+        let limits = question.limits;
+        if !limits.is_empty() && !self.link.limits() {
+            tracing::warn!(
+                "a port process of an older build limits no bytes: `adit vm reload` replaces it"
+            );
+        }
         let message = match (question.tag, question.note) {
+            (tag, note) if !limits.is_empty() && self.link.limits() => {
+                Message::ConnectLimited(ConnectLimited {
+                    connect,
+                    tag,
+                    note,
+                    limits,
+                })
+            }
             (tag, Some(note)) => Message::ConnectNoted(ConnectNoted { connect, tag, note }),
             (Some(tag), None) if self.link.lists.load(Ordering::Relaxed) => {
                 Message::ConnectAs(ConnectAs { connect, tag })
@@ -314,7 +330,10 @@ impl Drop for Waits<'_> {
         let is_unheard = matches!(
             passing,
             Some((
-                Message::Connect(_) | Message::ConnectAs(_) | Message::ConnectNoted(_),
+                Message::Connect(_)
+                    | Message::ConnectAs(_)
+                    | Message::ConnectNoted(_)
+                    | Message::ConnectLimited(_),
                 _
             ))
         );

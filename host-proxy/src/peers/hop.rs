@@ -1,12 +1,18 @@
 //! Who asks, as one host writes it for the next, and as that one reads it. Pure.
 //!
 //! ```text
-//! Adit-Caller: user:deploy, group:ops
+//! Adit-Caller: client:5f0c2a91d3b87e64, user:deploy, group:ops
 //! ```
+//! `client` tells that host's clients apart, by a digest of whatever each of them is known by there, so that one of them cannot use
+//! up what all of them have here. It proves nothing, and touches no other host's share: that host may say what it likes.
+//!
 //! It is a claim. It counts only over a connection whose certificate is a `[[host]]`'s, and of it only what that one `vouches` for
 //! here. A user's number is another user on each host, and is never claimed. Tokens and certificates are nobody's word: the token goes along in
 //! `Proxy-Authorization`, and a certificate proves its holder to whom it is shown only.
 
+use adit_api::token::sha256;
+
+use crate::access::audit::counted_as;
 use crate::access::{Caller, Subject};
 use crate::config::HostConfig;
 use crate::config::hosts::is_number;
@@ -16,9 +22,16 @@ pub const CALLER: &str = "adit-caller";
 /// Longest value: of more groups the last are left out.
 pub const CLAIMS_MAX: usize = 4096;
 
-/// What this host says of a caller; none: there is nothing to say.
-pub fn claims(caller: &Caller) -> Option<String> {
-    let mut text = String::new();
+/// What is before the name of a client.
+const CLIENT: &str = "client:";
+/// Bytes of its digest.
+const CLIENT_BYTES: usize = 8;
+
+/// What this host says of a caller.
+pub fn claims(caller: &Caller) -> String {
+    let of = counted_as(&caller.to_string(), caller.from());
+    let digest = sha256(of.as_bytes());
+    let mut text = format!("{CLIENT}{}", adit_names::hex(&digest[..CLIENT_BYTES]));
     for subject in caller
         .subjects()
         .iter()
@@ -28,12 +41,20 @@ pub fn claims(caller: &Caller) -> Option<String> {
         if text.len() + one.len() + 2 > CLAIMS_MAX {
             break;
         }
-        if !text.is_empty() {
-            text.push_str(", ");
-        }
+        text.push_str(", ");
         text.push_str(&one);
     }
-    (!text.is_empty()).then_some(text)
+    text
+}
+
+/// Which of its clients another host means; empty: it does not say.
+pub fn client(claims: &[u8]) -> String {
+    let text = std::str::from_utf8(claims).unwrap_or_default();
+    let mut clients = text
+        .split(',')
+        .filter_map(|one| one.trim().strip_prefix(CLIENT));
+    let client = clients.next().unwrap_or_default();
+    client.chars().take(2 * CLIENT_BYTES).collect()
 }
 
 /// What of another host's claims counts here.
@@ -86,9 +107,10 @@ mod tests {
             .with_person(&person)
             .with_token("ci")
             .with([cert]);
-        let said = claims(&caller).unwrap();
-        assert_eq!(said, "user:deploy, group:ops");
-        assert_eq!(claims(&Caller::anonymous("x")), None);
+        let said = claims(&caller);
+        let (client_is, rest) = said.split_once(", ").unwrap();
+        assert_eq!(rest, "user:deploy, group:ops");
+        assert_eq!(format!("client:{}", client(said.as_bytes())), client_is);
         let of = |claims: &str, vouches: &[&str]| {
             let counted = vouched(claims.as_bytes(), &host(vouches));
             counted.iter().map(ToString::to_string).collect::<Vec<_>>()
@@ -124,13 +146,27 @@ mod tests {
     }
 
     #[test]
+    fn r126_clients_of_another_host_are_told_apart_and_may_be_called_anything() {
+        let at = |from: &str| client(claims(&Caller::anonymous(from)).as_bytes());
+        assert_eq!(at("192.0.2.1:1"), at("192.0.2.1:2"));
+        assert_ne!(at("192.0.2.1:1"), at("192.0.2.2:1"));
+        let token = Caller::anonymous("192.0.2.1:1").with_token("ci");
+        assert_ne!(client(claims(&token).as_bytes()), at("192.0.2.1:1"));
+        // A host of the version before does not say.
+        assert_eq!(client(b"user:deploy"), "");
+        let long = format!("client:{}", "é".repeat(1000));
+        assert_eq!(client(long.as_bytes()).chars().count(), 2 * CLIENT_BYTES);
+        assert_eq!(client(b"\xff"), "");
+    }
+
+    #[test]
     fn claims_are_bounded_and_the_user_comes_first() {
         let person = Person {
             uid: 1,
             name: Some("deploy".into()),
             groups: (0..1000).map(|n| format!("group-{n}")).collect(),
         };
-        let said = claims(&Caller::anonymous("x").with_person(&person)).unwrap();
-        assert!(said.len() <= CLAIMS_MAX && said.starts_with("user:deploy, group:group-0"));
+        let said = claims(&Caller::anonymous("x").with_person(&person));
+        assert!(said.len() <= CLAIMS_MAX && said.contains(", user:deploy, group:group-0"));
     }
 }

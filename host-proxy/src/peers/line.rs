@@ -47,7 +47,7 @@ const PASSED_MAX: usize = 4;
 pub struct Open {
     stream: (RecvStream, SendStream<Bytes>),
     /// Its place, until it ends.
-    _slot: Slot,
+    slot: Slot,
 }
 
 impl Open {
@@ -58,7 +58,11 @@ impl Open {
         socket: &impl End,
         count: &(impl Fn(Went, usize) + Sync),
     ) -> io::Result<()> {
-        tunnel::carry(self.stream, ahead, socket, count).await
+        let count = |went, bytes| {
+            self.slot.wanted(bytes);
+            count(went, bytes);
+        };
+        tunnel::carry(self.stream, ahead, socket, &count).await
     }
 }
 
@@ -80,6 +84,9 @@ pub enum NoLine {
     /// It took too long.
     #[error("it did not answer in time")]
     Slow,
+    /// Its connection was ended.
+    #[error("its connection was ended because it was a flood of {0}")]
+    Flood(&'static str),
     /// This host has as many connections to it as it may.
     #[error("{LINES_MAX} connections to it have as many streams as they may")]
     Full,
@@ -106,9 +113,9 @@ impl Host {
         let request = Request::get(uri).body(());
         let request = request.map_err(|e| NoLine::Answer(e.to_string()))?;
         let asked = async {
-            let ((answer, _), _slot) = self.send(state, request, Rest::Whole(Bytes::new())).await?;
+            let ((answer, _), slot) = self.send(state, request, Rest::Whole(Bytes::new())).await?;
             let status = answer.status();
-            let body = collected(answer.into_body(), ANSWER_MAX).await?;
+            let body = collected(answer.into_body(), ANSWER_MAX, &slot).await?;
             let parsed = serde_json::from_slice::<HostAnswer>(&body);
             parsed.map_err(|_| NoLine::Answer(format!("status {status} instead of what it has")))
         };
@@ -174,11 +181,11 @@ impl Host {
             if answer.status().is_success() {
                 return Ok(Ok(Open {
                     stream: (answer.into_body(), to),
-                    _slot: slot,
+                    slot,
                 }));
             }
             let (status, error) = (answer.status(), error_of(&answer));
-            let body = collected(answer.into_body(), TEXT_MAX).await;
+            let body = collected(answer.into_body(), TEXT_MAX, &slot).await;
             let text = String::from_utf8_lossy(&body.unwrap_or_default()).into_owned();
             let text = adit_names::escape(text.trim()).to_string();
             Ok(Err(Refusal::new(
@@ -300,7 +307,7 @@ impl NoLine {
     fn is_of_connection(&self) -> bool {
         match self {
             Self::Http(e) => e.is_io() || e.is_go_away(),
-            Self::Connection(_) | Self::Slow => true,
+            Self::Connection(_) | Self::Slow | Self::Flood(_) => true,
             Self::Full | Self::Answer(_) => false,
         }
     }
@@ -308,9 +315,7 @@ impl NoLine {
 
 /// Writes who asks: what this host claims of them, and what they have shown.
 pub(super) fn says_who(head: &mut HeaderMap, caller: &Caller) -> Result<(), InvalidHeaderValue> {
-    if let Some(claims) = hop::claims(caller) {
-        head.insert(CALLER, HeaderValue::from_str(&claims)?);
-    }
+    head.insert(CALLER, HeaderValue::from_str(&hop::claims(caller))?);
     if let Some(shown) = caller.shown() {
         let mut shown = HeaderValue::from_bytes(shown)?;
         shown.set_sensitive(true);
@@ -323,12 +328,12 @@ pub(super) fn says_who(head: &mut HeaderMap, caller: &Caller) -> Result<(), Inva
 pub struct Coming {
     body: RecvStream,
     /// Its place, until it ends.
-    _slot: Slot,
+    slot: Slot,
 }
 
 impl Coming {
     pub(super) fn new(body: RecvStream, slot: Slot) -> Self {
-        Self { body, _slot: slot }
+        Self { body, slot }
     }
 
     /// The next bit; none: it has ended.
@@ -340,6 +345,7 @@ impl Coming {
             Ok(data) => data,
             Err(e) => return Some(Err(e.into())),
         };
+        self.slot.wanted(data.len());
         // A stream that is over has no window.
         let _ = self.body.flow_control().release_capacity(data.len());
         Some(Ok(data))
@@ -353,7 +359,11 @@ impl fmt::Debug for Coming {
 }
 
 /// All of a body, unless that is more.
-pub(super) async fn collected(mut body: RecvStream, max: usize) -> Result<Vec<u8>, NoLine> {
+pub(super) async fn collected(
+    mut body: RecvStream,
+    max: usize,
+    slot: &Slot,
+) -> Result<Vec<u8>, NoLine> {
     let mut all = Vec::new();
     while let Some(data) = poll_fn(|cx| body.poll_data(cx)).await {
         let data = data?;
@@ -361,6 +371,7 @@ pub(super) async fn collected(mut body: RecvStream, max: usize) -> Result<Vec<u8
             return Err(NoLine::Answer("its answer is too long".into()));
         }
         all.extend_from_slice(&data);
+        slot.wanted(data.len());
         // A stream that is over has no window.
         let _ = body.flow_control().release_capacity(data.len());
     }

@@ -7,17 +7,21 @@
 //! ```
 //! A host may vanish without a word. A connection that answers neither a request nor a PING in time gets no new streams; what is
 //! open on it ends when TCP gives it up, which the kernel finds out ([`pump::keep_asking`]), so nothing wakes here while nothing
-//! moves.
+//! moves. One that makes work and carries nothing ends as a client's does, with all that is on it
+//! ([`calm`](crate::proxy::http2::calm)); all hosts have one thread.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use adit_names::VmId;
+use bytes::{Bytes, BytesMut};
 use h2::client::{Connection, ResponseFuture, SendRequest};
 use h2::{PingPong, RecvStream, SendStream};
 use hyper::{Request, Response};
@@ -35,7 +39,9 @@ use super::{Host, tls};
 use crate::front::pump;
 use crate::front::read_ahead::ReadAhead;
 use crate::proxy::http2::STREAMS_MAX;
-use crate::proxy::http2::answer::give;
+use crate::proxy::http2::answer::{give, size};
+use crate::proxy::http2::calm::Calm;
+use crate::proxy::http2::meter::{Meter, Metered};
 use crate::state::State;
 
 /// Connections to one host.
@@ -67,8 +73,9 @@ pub(super) struct Lines {
 /// One of them.
 struct Line {
     requests: SendRequest<Bytes>,
-    streams: AtomicUsize,
+    streams: Arc<AtomicUsize>,
     health: Arc<Health>,
+    meter: Arc<Meter>,
 }
 
 /// What is known of one, also by the task that drives it.
@@ -80,11 +87,18 @@ struct Health {
     vanished: CancellationToken,
     /// Somebody waits longer than usual.
     doubted: Notify,
+    /// It made work and carried nothing: of what it was a flood.
+    flood: OnceLock<&'static str>,
 }
 
 impl Health {
     fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
+    }
+
+    /// Why it has ended, where more is known than somebody heard.
+    fn why(&self, heard: NoLine) -> NoLine {
+        self.flood.get().map_or(heard, |what| NoLine::Flood(what))
     }
 }
 
@@ -111,12 +125,16 @@ impl Drop for Slot {
 impl Slot {
     /// Sends a request, and waits for what it is answered.
     pub(super) async fn ask(&self, request: Request<()>, rest: Rest) -> Result<Asked, NoLine> {
-        let mut requests = self.line.requests.clone().ready().await?;
+        let requests = self.line.requests.clone().ready().await;
+        let mut requests = requests.map_err(|e| self.line.health.why(e.into()))?;
         let body = match rest {
             Rest::Open => None,
             Rest::Whole(body) => Some(body),
         };
         let is_whole = body.as_ref().is_some_and(Bytes::is_empty);
+        let meter = &self.line.meter;
+        meter.request();
+        meter.wanted(body.as_ref().map_or(0, Bytes::len));
         let (answer, mut stream) = requests.send_request(request, is_whole)?;
         let answer = {
             let sent = async {
@@ -131,19 +149,25 @@ impl Slot {
                 never = sent => never,
             }
         };
+        meter.wanted(size(answer.headers()));
         Ok((answer, stream))
+    }
+
+    /// Counts bytes that somebody wanted, of either direction.
+    pub(super) fn wanted(&self, bytes: usize) {
+        self.line.meter.wanted(bytes);
     }
 
     async fn answered(&self, answer: ResponseFuture) -> Result<Response<RecvStream>, NoLine> {
         let health = &self.line.health;
         let mut answer = pin!(answer);
         if let Ok(answer) = timeout(DOUBT_AFTER, &mut answer).await {
-            return Ok(answer?);
+            return answer.map_err(|e| health.why(e.into()));
         }
         health.doubted.notify_one();
         tokio::select! {
-            answer = &mut answer => Ok(answer?),
-            () = health.vanished.cancelled() => Err(NoLine::Slow),
+            answer = &mut answer => answer.map_err(|e| health.why(e.into())),
+            () = health.vanished.cancelled() => Err(health.why(NoLine::Slow)),
         }
     }
 
@@ -241,7 +265,7 @@ async fn make(host: &Host, state: &State) -> Result<Line, NoLine> {
         return Err(failed(&"aditd has few descriptors left"));
     }
     let thread = thread(&state.peers).map_err(|e| failed(&e.text()))?;
-    let shaken = thread.spawn(shake(socket, tls, name));
+    let shaken = thread.spawn(shake(socket, tls, name, host.config.name.clone()));
     shaken.await.map_err(|e| failed(&e))?
 }
 
@@ -250,6 +274,7 @@ async fn shake(
     socket: OwnedFd,
     tls: Arc<ClientConfig>,
     name: ServerName<'static>,
+    host: VmId,
 ) -> Result<Line, NoLine> {
     let failed = |e: io::Error| NoLine::Connection(tls::explained(&e));
     pump::keep_asking(&socket);
@@ -259,6 +284,7 @@ async fn shake(
     // The monitor has made it such that nobody blocks on it.
     let socket = TcpStream::from_std(socket.into()).map_err(failed)?;
     let _ = socket.set_nodelay(true);
+    let meter = Arc::<Meter>::default();
     let shaken = async {
         let tls = TlsConnector::from(tls)
             .connect(name, ReadAhead::new(socket))
@@ -273,39 +299,70 @@ async fn shake(
             .initial_connection_window_size(STREAMS_MAX as u32 * WINDOW)
             .max_header_list_size(HEADER_MAX)
             .max_send_buffer_size(SENDING_MAX)
-            .handshake(tls);
+            .handshake(Metered::new(tls, BytesMut::new(), meter.clone()));
         Ok(http.await?)
     };
     let shaken = timeout(SHAKE_LIMIT, shaken).await;
     let (requests, connection) = shaken.map_err(|_| NoLine::Slow)??;
-    let health = Arc::<Health>::default();
-    tokio::spawn(drive(connection, health.clone()));
+    let (health, streams) = (Arc::<Health>::default(), Arc::<AtomicUsize>::default());
+    let counted = (meter.clone(), streams.clone());
+    tokio::spawn(drive(connection, health.clone(), counted, host));
     Ok(Line {
         requests,
-        streams: AtomicUsize::new(0),
+        streams,
         health,
+        meter,
     })
 }
 
-type Http = Connection<tokio_rustls::client::TlsStream<ReadAhead>, Bytes>;
+type Http = Connection<Metered<tokio_rustls::client::TlsStream<ReadAhead>>, Bytes>;
 
-/// Until it ends, or there is no more to do on it.
-async fn drive(mut connection: Http, health: Arc<Health>) {
+/// Until it ends, there is no more to do on it, or it is a flood.
+async fn drive(
+    mut connection: Http,
+    health: Arc<Health>,
+    (meter, streams): (Arc<Meter>, Arc<AtomicUsize>),
+    host: VmId,
+) {
     let pings = connection.ping_pong();
-    let mut driven = pin!(connection);
+    let (began, mut calm) = (Instant::now(), Calm::of_host());
+    let mut driven = pin!(poll_fn(|cx| {
+        meter.new_turn();
+        let polled = Pin::new(&mut connection).poll(cx);
+        let streams = streams.load(Ordering::Relaxed);
+        match calm.look(began.elapsed(), meter.seen(), streams) {
+            Some(what) => Poll::Ready(Err(Ended::Flood(what))),
+            None => polled.map_err(Ended::Http),
+        }
+    }));
     let ended = tokio::select! {
         ended = &mut driven => ended,
         () = vanished(pings, &health) => {
-            tracing::info!("a connection to another host does not answer: it gets no more to do");
+            tracing::info!(%host, "a connection to another host does not answer: it gets no more to do");
             health.over.store(true, Ordering::Release);
             health.vanished.cancel();
             driven.await
         }
     };
     health.over.store(true, Ordering::Release);
-    if let Err(e) = ended {
-        tracing::debug!(error = %e, "a connection to another host ended");
+    match ended {
+        Ok(()) => {}
+        Err(Ended::Http(e)) => {
+            tracing::debug!(%host, error = %e, "a connection to another host ended");
+        }
+        Err(Ended::Flood(what)) => {
+            tracing::warn!(%host, what, "a connection to another host is a flood: it ends");
+            // Before those who wait on it hear that it has ended.
+            let _ = health.flood.set(what);
+            health.vanished.cancel();
+        }
     }
+}
+
+/// How a connection ended that did not end in order.
+enum Ended {
+    Http(h2::Error),
+    Flood(&'static str),
 }
 
 /// Ready once a PING was not answered.

@@ -85,9 +85,9 @@ impl Host {
         let asked = async {
             // It is never closed.
             let _question = state.peers.questions.acquire().await.ok();
-            let (answer, _slot) = self.ask_api(state, caller, path, body).await?;
+            let (answer, slot) = self.ask_api(state, caller, path, body).await?;
             let head = answer.headers().clone();
-            let body = collected(answer.into_body(), ANSWER_MAX).await;
+            let body = collected(answer.into_body(), ANSWER_MAX, &slot).await;
             let body = body.map_err(NotDone::Silent)?.into();
             Ok(Answer { head, body })
         };
@@ -143,7 +143,7 @@ impl Host {
             .headers()
             .get(CONTENT_TYPE)
             .is_some_and(|kind| kind == "application/json");
-        let body = collected(answer.into_body(), ANSWER_MAX).await;
+        let body = collected(answer.into_body(), ANSWER_MAX, &slot).await;
         let body = body.map_err(|e| wrong(e.to_string()))?;
         match serde_json::from_slice(&body) {
             Ok(said) if is_json => Err(NotDone::Refused { status, said }),

@@ -55,7 +55,8 @@ pub(super) async fn handle<B: Relayed>(
     // A connection that a server knows as one client's is not for others.
     let bound = fields::binds_connection(request.headers());
     let here = admitted.here();
-    let route = here.and_then(|(vm, link)| Route::new(vm, &to.target, link));
+    let limits = admitted.limits();
+    let route = here.and_then(|(vm, link)| Route::new(vm, &to.target, link, limits));
     let route = route.filter(|_| !bound && !asked.upgrade);
 
     // What is asked to change its protocol may stay for long, and is on a connection of its own.

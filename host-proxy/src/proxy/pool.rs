@@ -1,7 +1,7 @@
 //! Connections to guests' servers that wait for the next request: a dial costs several round trips through the guest.
 //!
 //! - A connection is used again only for the VM and target that it was made for, over the same port process and the same
-//!   session of the guest's driver.
+//!   session of the guest's driver, and by whoever has the same limit of bytes.
 //! - Only a request that may be made twice gets one: the server may be closing it at this moment, and then the request is
 //!   made once more over a new connection (`absolute`).
 //! - A connection that waits is no request under way: it has no share of the proxy. How many wait is bounded for each VM and
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use adit_names::VmId;
-use adit_port::control::Target;
+use adit_port::control::{Limit, Target};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -46,17 +46,25 @@ pub(super) struct Route {
     target: Target,
     link: Weak<Link>,
     epoch: u64,
+    /// Those who use it have one rate together, or none.
+    limits: Vec<Limit>,
 }
 
 impl Route {
     /// The way to a target as it is now; none while the guest has no session, in which a dial says why.
-    pub(super) fn new(vm: &VmEntry, target: &Target, link: &Arc<Link>) -> Option<Self> {
+    pub(super) fn new(
+        vm: &VmEntry,
+        target: &Target,
+        link: &Arc<Link>,
+        limits: &[Limit],
+    ) -> Option<Self> {
         let status = link.status().filter(|status| status.session)?;
         Some(Self {
             vm: vm.name.clone(),
             target: target.clone(),
             link: Arc::downgrade(link),
             epoch: status.epoch,
+            limits: limits.to_vec(),
         })
     }
 }
@@ -66,6 +74,7 @@ impl PartialEq for Route {
         self.vm == other.vm
             && self.target == other.target
             && self.epoch == other.epoch
+            && self.limits == other.limits
             && Weak::ptr_eq(&self.link, &other.link)
     }
 }

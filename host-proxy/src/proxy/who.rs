@@ -22,6 +22,16 @@ pub(super) async fn asks<B>(
     asking: &Asking,
     request: &mut Request<B>,
 ) -> Result<Caller, Problem> {
+    let caller = found(state, asking, request).await?;
+    asking.is(state, &caller);
+    Ok(caller)
+}
+
+async fn found<B>(
+    state: &State,
+    asking: &Asking,
+    request: &mut Request<B>,
+) -> Result<Caller, Problem> {
     let caller = asking.caller().await;
     let claims = request.headers().get_all(CALLER);
     let is_one_claim = claims.iter().count() <= 1;
@@ -30,8 +40,10 @@ pub(super) async fn asks<B>(
     let caller = match state.peers.of(&caller) {
         Some(host) => {
             let claims = claims.filter(|_| is_one_claim);
-            let vouched = claims.map(|claims| hop::vouched(claims.as_bytes(), &host.config));
-            caller.by_way_of(&host.config.name, vouched.unwrap_or_default())
+            let claims = claims.as_ref().map(|claims| claims.as_bytes());
+            let vouched = claims.map(|claims| hop::vouched(claims, &host.config));
+            let caller = caller.by_way_of(&host.config.name, vouched.unwrap_or_default());
+            caller.for_client(hop::client(claims.unwrap_or_default()))
         }
         None => caller,
     };

@@ -11,7 +11,7 @@ use adit_channel::hello::Extensions;
 use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
 use adit_passed::Closer;
-use adit_port::control::{DialFailed, Target};
+use adit_port::control::{DialFailed, Limit, Target};
 use tokio_util::sync::CancellationToken;
 
 use super::destination::Destination;
@@ -54,6 +54,8 @@ struct Here {
     link: Arc<Link>,
     /// By which its tunnel is found when its grant is gone.
     tag: Option<Vec<u8>>,
+    /// How many bytes a second it may carry.
+    limits: Vec<Limit>,
     /// By which it was admitted.
     grants: Arc<Grants>,
     visit: Visit,
@@ -134,10 +136,14 @@ pub fn admit_here(
     visit: &Visit,
 ) -> Result<Admitted, Refusal> {
     let grants = state.grants();
+    let mut limits = Vec::new();
     match state.allow(caller, Verb::Reach(&to.target), &vm) {
         Ok(by) => {
             let by = match state.has_rate(&vm) {
-                true => state.rated(caller, &to.target, &vm)?,
+                true => state.rated(caller, &to.target, &vm)?.map(|(by, bytes)| {
+                    limits = bytes;
+                    by
+                }),
                 false => by,
             };
             visit.allowed(by.as_deref());
@@ -159,6 +165,7 @@ pub fn admit_here(
         vm,
         link,
         tag,
+        limits,
         grants,
         visit: visit.clone(),
     });
@@ -201,6 +208,14 @@ impl Admitted {
         match &self.way {
             Way::Here(here) => Some((&here.vm, &here.link)),
             Way::There(..) => None,
+        }
+    }
+
+    /// How many bytes a second it may carry, if the VM is here.
+    pub fn limits(&self) -> &[Limit] {
+        match &self.way {
+            Way::Here(here) => &here.limits,
+            Way::There(..) => &[],
         }
     }
 
@@ -359,6 +374,7 @@ impl Here {
             deadline: DIAL_LIMIT,
             tag,
             note,
+            limits: self.limits.clone(),
         };
         let (dial, since) = (self.vm.dials.begin(&to.target), Instant::now());
         let opened = self.link.open(question, end).await;

@@ -15,8 +15,8 @@ use std::time::Duration;
 use adit_channel::frame::{self, Header};
 use adit_channel::hello::{Common, Hello, Open};
 use adit_port::control::{
-    Ask, CONTROL_SOCKET, Connect, Dial, Dialed, FEATURE_CONNECT, FEATURE_ENDS, FEATURE_TUNNELS,
-    Features, Incoming, Status,
+    Ask, CONTROL_SOCKET, Connect, Dial, Dialed, FEATURE_CONNECT, FEATURE_ENDS, FEATURE_LIMITS,
+    FEATURE_TUNNELS, Features, Incoming, Status,
 };
 use adit_port::control_io::{ControlError, Message, receive, send};
 use adit_tasks::wire::{
@@ -443,6 +443,14 @@ impl Port {
     /// The same as one that tells how its tunnels end.
     pub fn connected_and_tells(&self) -> Control {
         let features = FEATURE_CONNECT | FEATURE_TUNNELS | FEATURE_ENDS;
+        let control = self.connected_with(self.cid, Some(features));
+        self.wait_heard();
+        control
+    }
+
+    /// The same as one that limits bytes.
+    pub fn connected_and_limits(&self) -> Control {
+        let features = FEATURE_CONNECT | FEATURE_TUNNELS | FEATURE_ENDS | FEATURE_LIMITS;
         let control = self.connected_with(self.cid, Some(features));
         self.wait_heard();
         control

@@ -13,9 +13,10 @@ use rustls::version::{TLS12, TLS13};
 use std::sync::Arc;
 use tokio_rustls::TlsConnector;
 
-use crate::access::{audit, grant};
+use crate::access::{UID, audit, grant};
 use crate::h2client::{Client, runtime};
 use crate::host::{Host, NO_GRANTS};
+use crate::limits::{proxy, silent};
 use crate::proxy::{drained, head};
 use crate::tls::{Files, tcp};
 
@@ -342,7 +343,7 @@ fn r110_streams_take_what_connections_take() {
     let _ = http_11.write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n");
     let _ = http_11.read_to_end(&mut said);
     assert!(said.starts_with(b"HTTP/1.1 503 "), "{said:?}");
-    let other = Client::new(host.tcp("proxy.addr", [127, 0, 0, 2]));
+    let other = Client::new(silent(&proxy(&host), UID));
     let mut stream = other.connect("a:80");
     let _tunnel = control.tunnel();
     assert_eq!(stream.status(), 200);

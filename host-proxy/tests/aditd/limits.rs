@@ -3,7 +3,8 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-use crate::host::{Answer, Host};
+use crate::access::{UID, grant};
+use crate::host::{Answer, HANG, Host};
 use crate::proxy::{drained, head};
 use crate::server::{Then, ok, serve};
 
@@ -29,7 +30,10 @@ fn get(path: &str) -> String {
 #[test]
 fn r108_idle_connections_on_every_listener_leave_the_operators_socket_answering() {
     for descriptors in [128, 256] {
-        let (mut host, ports) = Host::new(&[("a", 3)], "[metrics]\nlisten = \"127.0.0.1:0\"");
+        let (mut host, ports) = Host::new(
+            &[("a", 3)],
+            "[metrics]\nlisten = \"127.0.0.1:0\"\n[limits]\nconnections_per_client = 4096",
+        );
         host.start_with(descriptors);
         let control = ports[0].connected();
         let mut idle: Vec<Box<dyn Read>> = Vec::new();
@@ -37,7 +41,6 @@ fn r108_idle_connections_on_every_listener_leave_the_operators_socket_answering(
         for n in 0..400u16 {
             idle.push(Box::new(host.tcp("metrics.addr", ONE)));
             idle.push(Box::new(host.operator()));
-            // From many addresses, so that no client's share is the limit.
             let from = [127, 1, (n >> 8) as u8, n as u8];
             let mut client = host.tcp("proxy.addr", from);
             if n % 2 == 0 {
@@ -152,7 +155,7 @@ fn r110_a_client_uses_only_its_share_of_the_proxy() {
         assert_eq!(answer.status, 503, "{}", answer.body);
         assert!(answer.head.contains("connection_limit_reached"));
     }
-    let mut client = host.tcp("proxy.addr", OTHER);
+    let mut client = silent(&proxy(&host), UID);
     client
         .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
         .unwrap();
@@ -255,4 +258,81 @@ fn r110_a_vm_that_ends_no_connection_leaves_descriptors_to_others() {
     }
     let answer = ask(host.proxy(), &get("http://b/"));
     assert_eq!(answer.status, 200, "{}", answer.body);
+}
+
+/// Does something as another user of this host: what a thread is for a file, it is for a socket that it makes.
+pub fn as_user<T: Send>(uid: u32, does: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            nix::unistd::setfsuid(uid.into());
+            does()
+        });
+        thread.join().unwrap()
+    })
+}
+
+/// Address of the proxy, which other users may not read.
+pub fn proxy(host: &Host) -> String {
+    let run = host.state_dir().with_file_name("run");
+    let address = std::fs::read_to_string(run.join("proxy.addr")).unwrap();
+    address.trim().to_owned()
+}
+
+/// A client of this user that says nothing.
+pub fn silent(proxy: &str, uid: u32) -> TcpStream {
+    as_user(uid, || TcpStream::connect(proxy).unwrap())
+}
+
+/// What a client of this user is answered.
+fn asks(proxy: &str, uid: u32) -> u16 {
+    let mut client = silent(proxy, uid);
+    client.set_read_timeout(Some(HANG)).unwrap();
+    let request = b"GET http://nobody/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    client.write_all(request).unwrap();
+    answer(&mut client).status
+}
+
+#[test]
+fn r110_two_users_of_the_host_take_nothing_from_each_other_and_root_is_one_of_them() {
+    let (host, _ports) = Host::serving(&[("a", 3)], "[limits]\nconnections_per_client = 3");
+    let at = proxy(&host);
+    for (greedy, other) in [(UID, 0), (0, UID + 1)] {
+        // The kernel may be asked in vain on a busy machine, and then it is nobody's share.
+        let _held = host.until("it has its share", |_| {
+            let held: Vec<_> = (0..3).map(|_| silent(&at, greedy)).collect();
+            (asks(&at, greedy) == 503).then_some(held)
+        });
+        assert_eq!(asks(&at, other), 404);
+    }
+}
+
+#[test]
+fn r110_a_grants_weight_is_so_many_times_a_share_and_ends_with_the_grant() {
+    let to_one = grant(&format!("\"user:{UID}\""), "\"a\"", "\"reach\"") + "weight = 3\n";
+    let more = format!("[limits]\nconnections_per_client = 2\n{to_one}");
+    let (host, _ports) = Host::serving(&[("a", 3)], &more);
+    let at = proxy(&host);
+    let mut held = vec![silent(&at, UID)];
+    // Its weight counts once it is known, and then it has no less than this.
+    host.until("it is known", |_| {
+        let more: Vec<_> = (0..3).map(|_| silent(&at, UID)).collect();
+        let is_let_in = asks(&at, UID) == 404;
+        is_let_in.then(|| held.extend(more))
+    });
+    host.until("it has all", |_| {
+        held.push(silent(&at, UID));
+        (asks(&at, UID) == 503).then_some(())
+    });
+    // Whoever has none has one share.
+    host.until("it has its share", |_| {
+        let _held = [silent(&at, UID + 1), silent(&at, UID + 1)];
+        (asks(&at, UID + 1) == 503).then_some(())
+    });
+    // Without the grant it is as all others.
+    drop(held);
+    host.reload(|text| text.replace("weight = 3\n", ""));
+    host.until("it has no more than others", |_| {
+        let _held = [silent(&at, UID), silent(&at, UID)];
+        (asks(&at, UID) == 503).then_some(())
+    });
 }

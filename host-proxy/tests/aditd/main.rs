@@ -7,6 +7,7 @@ mod asked;
 mod before;
 mod blobs;
 mod by_digest;
+mod bytes;
 mod cards;
 mod changes;
 mod commands;

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 
 use crate::access::{UID, audit, curl, grant, other};
 use crate::host::{Answer, Host};
+use crate::limits::silent;
 use crate::management::{Manager, management, started, token};
 
 #[test]
@@ -80,9 +81,10 @@ fn r108_idle_and_waiting_clients_of_a_management_listener_lock_out_neither_manag
         host.start_with(descriptors);
         let ops = Manager { host: &host, token };
         let mut idle = Vec::new();
-        for n in 0..300u16 {
-            // From many addresses, so that no client's share is the limit.
-            let mut client = host.tcp("listen.addr", [127, 1, (n >> 8) as u8, n as u8]);
+        let at = other(&host);
+        for n in 0..300 {
+            // Of many users, so that no client's share is the limit.
+            let mut client = silent(&at, UID + n);
             if n % 2 == 0 {
                 client.write_all(b"GET /v1/vms HT").unwrap();
             }
@@ -95,7 +97,7 @@ fn r108_idle_and_waiting_clients_of_a_management_listener_lock_out_neither_manag
         // Those that wait leave room for others, and take nothing from the owner.
         let waiting: Vec<_> = (0..40)
             .map(|n| {
-                let mut client = host.tcp("listen.addr", [127, 2, 0, n]);
+                let mut client = silent(&at, UID + n);
                 let ask = format!(
                     "GET /v1/vms/a/wait?for=agent&timeout_ms=3600000 HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {}\r\n\r\n",
                     ops.token
@@ -118,14 +120,11 @@ fn r108_idle_and_waiting_clients_of_a_management_listener_lock_out_neither_manag
 fn r110_one_client_has_its_share_of_a_management_listener_and_no_more() {
     let (host, _ports, token) = started("\"see\"");
     let ops = Manager { host: &host, token };
-    let held: Vec<_> = (0..16)
-        .map(|_| host.tcp("listen.addr", [127, 9, 9, 9]))
-        .collect();
+    let at = other(&host);
+    let held: Vec<_> = (0..16).map(|_| silent(&at, UID)).collect();
     let refused = Answer::parse(&{
         let mut said = Vec::new();
-        host.tcp("listen.addr", [127, 9, 9, 9])
-            .read_to_end(&mut said)
-            .unwrap();
+        silent(&at, UID).read_to_end(&mut said).unwrap();
         said
     });
     assert_eq!(refused.unwrap().status, 503);

@@ -19,7 +19,7 @@ pub struct Member {
     pub host: Host,
     pub ports: Vec<Port>,
     pub name: &'static str,
-    key: Pair,
+    pub key: Pair,
     /// Its certificate.
     pub dir: tempfile::TempDir,
 }

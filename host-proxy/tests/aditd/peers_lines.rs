@@ -2,14 +2,24 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::ops::DerefMut;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::access::serve;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{
+    ClientConfig, ClientConnection, ConnectionCommon, ServerConfig, ServerConnection, SideData,
+    StreamOwned,
+};
+
+use crate::access::{UID, curl, serve};
+use crate::h2raw::{PING, SETTINGS, frame};
 use crate::host::{Control, HANG, NO_GRANTS};
-use crate::peers::{Member, to_alpha};
+use crate::peers::{Member, to_alpha, two};
 use crate::seen::{SEEN, access_log};
+use crate::tls::{Pair, own};
 
 /// A wire between two hosts: counts connections, and may swallow all that comes over those which there are.
 struct Wire {
@@ -198,4 +208,133 @@ fn a_tunnel_to_another_host_is_in_the_access_logs_of_both_with_its_bytes_and_one
         assert_eq!(line["broken_off"], serde_json::Value::Null, "{line}");
     }
     assert_eq!(near["trace_id"], far["trace_id"]);
+}
+
+#[test]
+fn r126_one_client_of_another_host_leaves_the_others_of_that_host_something() {
+    let limits = "[limits]\nconnections_per_client = 4\n";
+    let grants = limits.to_owned() + &to_alpha("\"reach\", \"see\"");
+    let (alpha, beta) = two(&[], &[("b", 3)], &grants);
+    let b = beta.ports[0].connected();
+    let _held: Vec<_> = (0..2).map(|_| tunnel(&alpha, &b)).collect();
+    let answer = alpha.get("b");
+    assert_eq!(answer.status, 503, "{}", answer.body);
+    assert!(answer.body.contains("by way of host"), "{}", answer.body);
+    let served = serve(&b);
+    let proxy = alpha.host.proxy().peer_addr().unwrap().to_string();
+    let Some(said) = curl(UID, &["-x", &proxy, "http://b/"]) else {
+        return;
+    };
+    assert_eq!(said, (200, "ok".into()));
+    served.join().unwrap();
+}
+
+fn certificates(pair: &Pair) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+    let cert = CertificateDer::from_pem_slice(pair.cert.as_bytes()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
+    (vec![cert], key)
+}
+
+/// Says this until nobody hears it any more, and takes what is answered: who reads nothing is not answered for ever.
+fn flood<C, S>(tls: &mut StreamOwned<C, TcpStream>, piece: &[u8])
+where
+    C: DerefMut<Target = ConnectionCommon<S>>,
+    S: SideData,
+{
+    let millisecond = std::time::Duration::from_millis(1);
+    tls.sock.set_read_timeout(Some(millisecond)).unwrap();
+    while tls.write_all(piece).is_ok() {
+        while matches!(tls.read(&mut [0; 1 << 16]), Ok(1..)) {}
+    }
+}
+
+/// A host that begins to speak HTTP/2, and whose nth connection then says the nth of these without an end.
+fn flooding(pair: &Pair, pieces: Vec<Vec<u8>>) -> SocketAddr {
+    let (cert, key) = certificates(pair);
+    let config = ServerConfig::builder().with_no_client_auth();
+    let mut config = config.with_single_cert(cert, key).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let config = Arc::new(config);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        // A host that did not answer may be asked more than once.
+        let pieces = pieces.into_iter().cycle();
+        for (tcp, piece) in listener.incoming().flatten().zip(pieces) {
+            let config = config.clone();
+            std::thread::spawn(move || {
+                let tls = ServerConnection::new(config).unwrap();
+                let mut tls = StreamOwned::new(tls, tcp);
+                // Its preface and its first question are there.
+                let _ = tls.read(&mut [0; 4096]);
+                let _ = tls.write_all(&frame(SETTINGS, 0, 0, &[]));
+                flood(&mut tls, &piece);
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn r126_a_host_whose_connection_is_a_flood_loses_it_and_others_go_on() {
+    let pieces = vec![
+        frame(PING, 0, 0, b"12345678").repeat(8000),
+        frame(SETTINGS, 0, 0, &[]).repeat(8000),
+        frame(0xfa, 0, 0, &[0; 1000]).repeat(100),
+    ];
+    let pair = own(&["gamma"], |_| {});
+    let address = flooding(&pair, pieces.clone());
+    let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &to_alpha("\"reach\", \"see\""));
+    let b = beta.ports[0].connected();
+    let (mut client, mut guest) = tunnel(&alpha, &b);
+    let pin = pair.pin.strip_prefix("cert:").unwrap();
+    alpha.takes(&format!(
+        "[[host]]\nname = \"gamma\"\naddress = \"{address}\"\npin = \"{pin}\"\n"
+    ));
+    for nth in 1..=pieces.len() {
+        alpha.host.until("its connection has ended", |host| {
+            // It is asked, and its answer is a flood. For a while after that it is not asked again.
+            assert_ne!(alpha.get("x.gamma").status, 200);
+            let log = host.log();
+            let ended = log.matches("a connection to another host is a flood");
+            (ended.count() >= nth).then_some(())
+        });
+        carries(&mut client, &mut guest);
+    }
+    let log = alpha.host.log();
+    assert!(
+        log.contains("host=gamma") && !log.contains("host=beta what"),
+        "{log}"
+    );
+}
+
+#[test]
+fn r126_another_host_that_floods_as_a_client_is_told_so_and_its_name_is_in_the_log() {
+    let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &to_alpha("\"reach\", \"see\""));
+    let b = beta.ports[0].connected();
+    let (mut client, mut guest) = tunnel(&alpha, &b);
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificates(&beta.key).0.remove(0)).unwrap();
+    let (cert, key) = certificates(&alpha.key);
+    let config = ClientConfig::builder().with_root_certificates(roots);
+    let mut config = config.with_client_auth_cert(cert, key).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let name = ServerName::try_from("beta").unwrap();
+    let tls = ClientConnection::new(Arc::new(config), name).unwrap();
+    let tcp = TcpStream::connect(beta.address()).unwrap();
+    let mut tls = StreamOwned::new(tls, tcp);
+    tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    let pings = frame(PING, 0, 0, b"12345678").repeat(8000);
+    let _ = tls.write_all(&frame(SETTINGS, 0, 0, &[]));
+    flood(&mut tls, &pings);
+    beta.host.until("it is written down", |host| {
+        let log = host.log();
+        let line = log
+            .lines()
+            .find(|line| line.contains("another host's connection is a flood"))?;
+        assert!(line.contains("alpha"), "{line}");
+        Some(())
+    });
+    // What it has on another connection goes on.
+    carries(&mut client, &mut guest);
 }

@@ -5,13 +5,13 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 
-use adit_api::token;
 use adit_port::control::{Connect, ConnectNoted, Dialed, Ends, TunnelEnd};
 use adit_port::control_io::Message;
 use serde_json::Value;
 
 use crate::access::{asked, audit, grant, listen, other};
 use crate::host::{Control, HANG, Host, Port};
+use crate::management::{Manager, management, token};
 
 pub const SEEN: &str = "[log]\naccess = \"file\"\n[audit]\nallows = true\n";
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -67,7 +67,7 @@ fn field<'a>(head: &'a str, name: &str) -> Vec<&'a str> {
 
 #[test]
 fn a_relayed_request_is_in_both_logs_and_its_guest_hears_by_whom_and_of_which_trace_it_is() {
-    let (secret, sha256) = token::new().unwrap();
+    let (secret, sha256) = adit_api::token::new().unwrap();
     let section = format!("[[token]]\nname = \"ci\"\nsha256 = \"{sha256}\"\n");
     let (host, ports) = started(&(section + &grant("\"token:ci\"", "\"a\"", "\"reach\"")));
     let control = ports[0].connected();
@@ -409,7 +409,7 @@ fn told(host: &Host, says: &[u8]) -> Vec<u8> {
 
 #[test]
 fn a_client_that_is_refused_before_it_is_known_what_it_wants_has_its_line() {
-    let (_, sha256) = token::new().unwrap();
+    let (_, sha256) = adit_api::token::new().unwrap();
     let token = format!("[[token]]\nname = \"ci\"\nsha256 = \"{sha256}\"\n");
     let (host, _ports) = started(&(listen("127.0.0.1:0", "socks5", "") + &token));
     for (nth, (says, said, status)) in [
@@ -515,6 +515,43 @@ fn r110_a_grant_and_a_vm_have_their_rate_and_more_is_refused_with_429() {
     // The VM's own is for all.
     host.reload(|text| text.replace("cid = 3\n", "cid = 3\nconnections_per_s = 1\n"));
     assert!(refused(&often(&host, 20)) >= 5);
+}
+
+#[test]
+fn what_is_asked_on_a_management_listener_and_allowed_has_a_line_too() {
+    let (secret, section) = token("ops");
+    let more = SEEN.to_owned()
+        + &management("")
+        + &section
+        + &grant("\"token:ops\"", "\"*\"", "\"see\", \"task\"");
+    let (host, _ports) = Host::serving(&[("a", 3)], &more);
+    let manager = Manager {
+        host: &host,
+        token: secret,
+    };
+    for path in ["/v1/vms/a", "/v1/tasks?vm=a", "/v1/config", "/v1/vms"] {
+        manager.get(path);
+    }
+    assert_eq!(manager.status("GET", "/v1/vms/nobody", ""), 404);
+    assert_eq!(manager.status("GET", "/v1/grants", ""), 403);
+    let lines = audit(&host, 4);
+    let said: Vec<_> = lines
+        .iter()
+        .map(|line| ["decision", "caller", "verb", "vm"].map(|key| line[key].as_str().unwrap()))
+        .collect();
+    // A list has none, and neither has what is not there.
+    let allow = |verb, vm| ["allow", "token:ops", verb, vm];
+    assert_eq!(
+        said,
+        [
+            allow("see", "a"),
+            allow("task", "a"),
+            allow("see", "*"),
+            ["deny", "token:ops", "own", "*"]
+        ]
+    );
+    let place = lines[0]["reason"].as_str().unwrap();
+    assert!(place.contains("aditd.toml:"), "{place}");
 }
 
 /// Follows the events of a host.

@@ -54,6 +54,34 @@ fn end(client: &mut TcpStream) -> (Vec<u8>, Option<ErrorKind>) {
     (said, end.err().map(|e| e.kind()))
 }
 
+#[test]
+fn a_fresh_tunnel_takes_two_crossings_of_the_control_socket_until_its_first_byte() {
+    let (host, _ports, control) = started("");
+    for _ in 0..3 {
+        let mut client = host.proxy();
+        client.write_all(&[CONNECT, b"ahead"].concat()).unwrap();
+        // One from aditd, which has everything with it: nothing came before it, also of the tunnel before.
+        let (message, fd) = control.hear().unwrap();
+        let Message::Connect(connect) = message else {
+            panic!("{message:?}")
+        };
+        let (prefix, id) = (connect.prefix.clone(), connect.id);
+        control.keep(connect, fd.unwrap());
+        // One back, and the client hears what the port process and the guest say, from nobody else.
+        control.dialed(id);
+        let (mut guest, _) = control.attached();
+        guest.write_all(b"!").unwrap();
+        assert!(head(&mut client).starts_with("HTTP/1.1 200 "));
+        let mut first = [0];
+        client.read_exact(&mut first).unwrap();
+        assert_eq!(&first, b"!");
+        // What aditd had not read is in the socket.
+        let mut behind = vec![0; 5 - prefix.len()];
+        guest.read_exact(&mut behind).unwrap();
+        assert_eq!([prefix, behind].concat(), b"ahead");
+    }
+}
+
 /// The next frame that has to do with a dial.
 fn next(control: &Control) -> Message {
     control.hear().unwrap().0

@@ -68,7 +68,7 @@ impl RxPacket for Rx {
     }
     fn write_to(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
         let mut part: VecDeque<u8> = self.body.iter().take(max as usize).copied().collect();
-        let n = super::super::entry::write_held(fd, &mut part)?;
+        let n = super::super::entry::write_held(fd, &mut part, usize::MAX)?;
         self.body.drain(..n);
         match n {
             0 => Err(io::ErrorKind::WouldBlock.into()),

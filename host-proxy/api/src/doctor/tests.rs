@@ -164,6 +164,9 @@ fn who_reaches_a_vm_is_said_and_that_nobody_does() {
         may: may.iter().map(|may| (*may).to_owned()).collect(),
         until: None,
         expired,
+        connections_per_s: None,
+        bytes_per_s: None,
+        weight: None,
     };
     let grants = [
         grant("group:ops", &["see", "reach:22,80"], false),

@@ -9,9 +9,10 @@ use std::io;
 use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 
 use super::{
-    Ask, Attach, Cancel, Connect, ConnectAs, ConnectNoted, Dial, DialFailed, Dialed, EndTunnels,
-    Ends, EndsTaken, Features, HANDOVER_FDS_MAX, Handover, HandoverV1, Held, Incoming, Kept,
-    ListTunnels, PACKET_MAX, Quit, Release, Ring, Status, Stuck, Tunnels,
+    Ask, Attach, Cancel, Connect, ConnectAs, ConnectLimited, ConnectNoted, Dial, DialFailed,
+    Dialed, EndTunnels, Ends, EndsTaken, Features, HANDOVER_FDS_MAX, Handover, HandoverV1, Held,
+    Incoming, Kept, ListTunnels, PACKET_MAX, Quit, Release, Ring, SetLimits, Status, Stuck,
+    Tunnels,
 };
 
 /// Version of every control kind.
@@ -53,6 +54,10 @@ adit_channel::message_table! {
     ConnectNoted = 12, 1..=1, NEEDED;
     /// To the port process, if it has [`FEATURE_ENDS`](super::FEATURE_ENDS).
     EndsTaken = 13, 0..=0, NEEDED;
+    /// To the port process, with one descriptor, if it has [`FEATURE_LIMITS`](super::FEATURE_LIMITS).
+    ConnectLimited = 14, 1..=1, NEEDED;
+    /// To the port process, if it has [`FEATURE_LIMITS`](super::FEATURE_LIMITS).
+    SetLimits = 15, 0..=0, NEEDED;
     /// To `aditd`.
     Status = 16, 0..=0, NEEDED;
     /// To `aditd`.

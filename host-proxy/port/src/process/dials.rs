@@ -25,8 +25,9 @@ use super::dial_table::{self, NoRoom, State};
 use super::ends::Noted;
 use super::{At, Process};
 use crate::control::{
-    Ask, Attach, Connect, ConnectAs, ConnectNoted, Dial, DialFailed, Dialed, EndTunnels,
-    GREETING_MAX, ListTunnels, NOTE_MAX, PREFIX_MAX, TAG_MAX, TUNNELS_MAX, Target,
+    Ask, Attach, Connect, ConnectAs, ConnectLimited, ConnectNoted, Dial, DialFailed, Dialed,
+    EndTunnels, GREETING_MAX, LIMITED_MAX, LIMITS_MAX, Limit, ListTunnels, NOTE_MAX, PREFIX_MAX,
+    SetLimits, TAG_MAX, TUNNELS_MAX, Target,
 };
 use crate::control_io::Message;
 
@@ -55,10 +56,20 @@ pub(super) struct Client {
     prefix: Vec<u8>,
     /// For the client, ahead of the guest's bytes.
     greeting: Vec<u8>,
-    /// By which the tunnel is found again.
+    // There are many of these at once, in a table that never shrinks.
+    terms: Box<Terms>,
+    /// When it was asked for.
+    asked: Tick,
+}
+
+/// What is asked of a tunnel beside its bytes.
+#[derive(Debug, Default)]
+pub(super) struct Terms {
+    /// By which it is found again.
     tag: Option<Vec<u8>>,
-    /// What comes back when it ends, and when it was asked for.
-    note: Option<(Vec<u8>, Tick)>,
+    /// What comes back when it ends.
+    note: Option<Vec<u8>>,
+    limits: Vec<Limit>,
 }
 
 impl<C: Carrier> Process<C> {
@@ -72,8 +83,7 @@ impl<C: Carrier> Process<C> {
     pub(super) fn connect(
         &mut self,
         connect: Connect,
-        tag: Option<Vec<u8>>,
-        note: Option<Vec<u8>>,
+        terms: Terms,
         fd: Option<OwnedFd>,
     ) -> Result<(), &'static str> {
         let Connect {
@@ -87,14 +97,21 @@ impl<C: Carrier> Process<C> {
         if prefix.len() > PREFIX_MAX || greeting.len() > GREETING_MAX {
             return Err("it dialled with a prefix or a greeting that is too long");
         }
+        let (tag, note) = (terms.tag.as_ref(), terms.note.as_ref());
+        if tag.is_some_and(|tag| tag.len() > TAG_MAX) || note.is_some_and(|n| n.len() > NOTE_MAX) {
+            return Err("it dialled with a tag or a note that is too long");
+        }
+        if terms.limits.len() > LIMITS_MAX {
+            return Err("it dialled with too many limits");
+        }
         // A packet without its descriptor is refused before it comes here.
         let asked = self.shard.now();
         let client = fd.map(|fd| Client {
             fd,
             prefix,
             greeting,
-            tag,
-            note: note.map(|note| (note, asked)),
+            terms: Box::new(terms),
+            asked,
         });
         let question = self.question(to, extensions, deadline_ms);
         self.start(id, question, client)
@@ -106,10 +123,11 @@ impl<C: Carrier> Process<C> {
         connect: ConnectAs,
         fd: Option<OwnedFd>,
     ) -> Result<(), &'static str> {
-        if connect.tag.len() > TAG_MAX {
-            return Err("it dialled with a tag that is too long");
-        }
-        self.connect(connect.connect, Some(connect.tag), None, fd)
+        let terms = Terms {
+            tag: Some(connect.tag),
+            ..Terms::default()
+        };
+        self.connect(connect.connect, terms, fd)
     }
 
     /// The same, with a note that comes back when the tunnel ends.
@@ -119,10 +137,43 @@ impl<C: Carrier> Process<C> {
         fd: Option<OwnedFd>,
     ) -> Result<(), &'static str> {
         let ConnectNoted { connect, tag, note } = connect;
-        if tag.as_ref().is_some_and(|tag| tag.len() > TAG_MAX) || note.len() > NOTE_MAX {
-            return Err("it dialled with a tag or a note that is too long");
+        let terms = Terms {
+            tag,
+            note: Some(note),
+            limits: Vec::new(),
+        };
+        self.connect(connect, terms, fd)
+    }
+
+    /// The same, and so many bytes a second go through.
+    pub(super) fn connect_limited(
+        &mut self,
+        connect: ConnectLimited,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), &'static str> {
+        let ConnectLimited {
+            connect,
+            tag,
+            note,
+            limits,
+        } = connect;
+        self.connect(connect, Terms { tag, note, limits }, fd)
+    }
+
+    /// Replaces the limits of tunnels.
+    pub(super) fn set_limits(&mut self, set: &SetLimits) -> Result<(), &'static str> {
+        let is_over = |(_, limits): &(u64, Vec<Limit>)| limits.len() > LIMITS_MAX;
+        if set.tunnels.len() > LIMITED_MAX || set.tunnels.iter().any(is_over) {
+            return Err("it sets too many limits at once");
         }
-        self.connect(connect, tag, Some(note), fd)
+        let now = self.shard.now();
+        for (number, limits) in &set.tunnels {
+            if let Some((port, stream)) = self.tunnels.stream(*number) {
+                let rates = self.rates.of(limits, now);
+                self.shard.port_mut(port).limit(now, stream, rates);
+            }
+        }
+        Ok(())
     }
 
     fn question(&self, to: Target, extensions: Extensions, deadline_ms: u32) -> Question {
@@ -246,18 +297,23 @@ impl<C: Carrier> Process<C> {
             fd,
             prefix,
             greeting,
-            tag,
-            note,
+            terms,
+            asked,
         } = client;
+        let Terms { tag, note, limits } = *terms;
         let sink = Sink::Fd(fd);
+        let rates = self.rates.of(&limits, now);
         let port_mut = self.shard.port_mut(port);
+        if !rates.is_empty() {
+            port_mut.limit(now, stream, rates);
+        }
         if !port_mut.attach_greeted(now, stream, sink, &prefix, &greeting) {
             return self.reset((port, stream));
         }
         if let Some(tag) = tag {
             self.tunnels.add((port, stream), tag);
         }
-        if let Some((note, asked)) = note {
+        if let Some(note) = note {
             let opened = now;
             let noted = Noted {
                 note,
@@ -382,8 +438,8 @@ impl<C: Carrier> Process<C> {
             fd,
             prefix: attach.prefix,
             greeting: Vec::new(),
-            tag: None,
-            note: None,
+            terms: Box::default(),
+            asked: self.shard.now(),
         });
         self.dialed_is_said(attach.id);
         Ok(())

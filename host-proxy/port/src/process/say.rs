@@ -4,7 +4,7 @@ use adit_channel::carrier::Carrier;
 
 use super::Process;
 use crate::control::{
-    FEATURE_CONNECT, FEATURE_ENDS, FEATURE_TUNNELS, Features, Held, Status, Stuck,
+    FEATURE_CONNECT, FEATURE_ENDS, FEATURE_LIMITS, FEATURE_TUNNELS, Features, Held, Status, Stuck,
 };
 use crate::control_io::Message;
 
@@ -58,7 +58,7 @@ impl<C: Carrier> Process<C> {
             let first = self.said.replace(status.clone()).is_none();
             if first {
                 // Ahead of the status, after which aditd dials.
-                let bits = FEATURE_CONNECT | FEATURE_TUNNELS | FEATURE_ENDS;
+                let bits = FEATURE_CONNECT | FEATURE_TUNNELS | FEATURE_ENDS | FEATURE_LIMITS;
                 self.say(Message::Features(Features { bits }), vec![]);
             }
             self.say(Message::Status(status), vec![]);

@@ -14,6 +14,8 @@ fn grant(to: &[&str], vms: &[&str], may: &[&str], until_ms: Option<i64>) -> Gran
         may: may.iter().map(|s| s.parse().unwrap()).collect(),
         until_ms,
         connections_per_s: None,
+        bytes_per_s: None,
+        weight: 1,
         place: "a.toml:1".into(),
     }
 }

@@ -189,7 +189,7 @@ async fn room(stream: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, h2
 }
 
 /// Bytes of fields.
-pub(super) fn size(headers: &HeaderMap) -> usize {
+pub(crate) fn size(headers: &HeaderMap) -> usize {
     let of_each = headers.iter().map(|(name, value)| {
         let len = name.as_str().len() + value.len();
         len + OF_A_FIELD

@@ -1,4 +1,4 @@
-//! A client's connection, as h2 is given it: counted, and read in turns.
+//! A connection, as h2 is given it: counted, and read in turns. A client's, and one to another host.
 //!
 //! h2 reads as long as there is something, and answers much of it by itself. All connections have one thread together, so no
 //! more than [`TURN_MAX`] is read of one before the others have had their turn.
@@ -20,7 +20,7 @@ const TURN_MAX: usize = 64 << 10;
 
 /// What is counted of a connection ([`Seen`]).
 #[derive(Debug, Default)]
-pub(super) struct Meter {
+pub(crate) struct Meter {
     read: AtomicU64,
     wanted: AtomicU64,
     requests: AtomicU64,
@@ -31,12 +31,12 @@ pub(super) struct Meter {
 
 impl Meter {
     /// Bytes of somebody's body or field were carried, in either direction.
-    pub(super) fn wanted(&self, bytes: usize) {
+    pub(crate) fn wanted(&self, bytes: usize) {
         add(&self.wanted, bytes);
     }
 
     /// A request came.
-    pub(super) fn request(&self) {
+    pub(crate) fn request(&self) {
         add(&self.requests, 1);
     }
 
@@ -46,12 +46,12 @@ impl Meter {
     }
 
     /// Others had their turn.
-    pub(super) fn new_turn(&self) {
+    pub(crate) fn new_turn(&self) {
         self.turn.store(0, Ordering::Relaxed);
     }
 
     /// All of it.
-    pub(super) fn seen(&self) -> Seen {
+    pub(crate) fn seen(&self) -> Seen {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Seen {
             read: of(&self.read),
@@ -67,25 +67,30 @@ fn add(counter: &AtomicU64, n: usize) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
-/// The connection, which is somebody else's again when h2 is done with it.
-pub(super) struct Metered {
-    io: Arc<Mutex<ClientIo>>,
+/// The connection.
+pub(crate) struct Metered<I> {
+    io: I,
     /// What was read of it already.
     ahead: BytesMut,
     meter: Arc<Meter>,
 }
 
-impl Metered {
-    pub(super) fn new(io: Arc<Mutex<ClientIo>>, ahead: BytesMut, meter: Arc<Meter>) -> Self {
+impl<I> Metered<I> {
+    pub(crate) fn new(io: I, ahead: BytesMut, meter: Arc<Meter>) -> Self {
         Self { io, ahead, meter }
-    }
-
-    fn io(&self) -> MutexGuard<'_, ClientIo> {
-        self.io.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl AsyncRead for Metered {
+/// A client's connection, which is somebody else's again when h2 is done with it.
+pub(super) struct Lent(pub(super) Arc<Mutex<ClientIo>>);
+
+impl Lent {
+    fn io(&self) -> MutexGuard<'_, ClientIo> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for Metered<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -97,7 +102,7 @@ impl AsyncRead for Metered {
         }
         let before = buf.filled().len();
         let read = if self.ahead.is_empty() {
-            Pin::new(&mut *self.io()).poll_read(cx, buf)
+            Pin::new(&mut self.io).poll_read(cx, buf)
         } else {
             let some = self.ahead.len().min(buf.remaining());
             buf.put_slice(&self.ahead[..some]);
@@ -111,7 +116,47 @@ impl AsyncRead for Metered {
     }
 }
 
-impl AsyncWrite for Metered {
+impl<I: AsyncWrite + Unpin> AsyncWrite for Metered<I> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+impl AsyncRead for Lent {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.io()).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Lent {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

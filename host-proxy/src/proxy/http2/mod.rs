@@ -20,18 +20,19 @@
 
 pub(crate) mod answer;
 mod body;
-mod calm;
+pub(crate) mod calm;
 mod head;
-mod meter;
+pub(crate) mod meter;
 pub(crate) mod tunnel;
 
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
+use adit_channel::refusal::Refusal;
 use adit_names::VmId;
 use bytes::{Bytes, BytesMut};
 use h2::server::{Connection, SendResponse};
@@ -48,6 +49,7 @@ use super::problem::{self, Body, Problem};
 use super::{absolute, authority, fields, linger, log_refusal, own, who};
 use crate::access::Caller;
 use crate::access::callers::Asking;
+use crate::access::client::Whose;
 use crate::front::party::Party;
 use crate::listen::{HEADER_LIMIT, Place, Share};
 use crate::passing::Socket;
@@ -57,8 +59,8 @@ use crate::state::State;
 use crate::visit::Visit;
 use answer::Respond;
 use body::Received;
-use calm::Calm;
-use meter::{Meter, Metered};
+use calm::{Calm, PerClient};
+use meter::{Lent, Meter, Metered};
 use tunnel::Went;
 
 /// Streams of a connection at the same time.
@@ -81,7 +83,7 @@ const OF_A_CONNECTION: [&str; 5] = [
     "proxy-connection",
 ];
 
-type Conn = Connection<Metered, Bytes>;
+type Conn = Connection<Metered<Lent>, Bytes>;
 type Asked = (Request<RecvStream>, SendResponse<Bytes>);
 
 /// What the streams of a connection have together.
@@ -90,10 +92,22 @@ struct Served {
     asking: Asking,
     party: Party,
     meter: Arc<Meter>,
+    began: Instant,
+    /// Of another host.
+    clients: Mutex<PerClient>,
     /// Streams that are there.
     active: AtomicUsize,
     /// There is none any more.
     idle: Notify,
+}
+
+/// Which client of another host has a stream, and its shares.
+type OfClient = (String, Vec<Share<Whose>>);
+
+impl Served {
+    fn clients(&self) -> MutexGuard<'_, PerClient> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A stream. Dropped: it is over.
@@ -119,12 +133,14 @@ pub(super) async fn connection(
     let meter = Arc::<Meter>::default();
     let streams = party.max().min(STREAMS_MAX) as u32;
     let io = Arc::new(Mutex::new(client));
-    let metered = Metered::new(io.clone(), ahead, meter.clone());
+    let metered = Metered::new(Lent(io.clone()), ahead, meter.clone());
     let served = Arc::new(Served {
         state,
         asking,
         party,
         meter: meter.clone(),
+        began: Instant::now(),
+        clients: Mutex::default(),
         active: AtomicUsize::new(0),
         idle: Notify::new(),
     });
@@ -171,7 +187,11 @@ enum Next {
 /// Serves its streams until it is over. Returns whether its client has sent all that it was to send.
 async fn serve(served: &Arc<Served>, mut conn: Conn, place: &Place) -> bool {
     let (state, meter) = (&served.state, &served.meter);
-    let (began, mut calm) = (Instant::now(), Calm::default());
+    let began = served.began;
+    let mut calm = match served.party.host() {
+        Some(_) => Calm::of_host(),
+        None => Calm::of_client(),
+    };
     let mut due = began + HEADER_LIMIT;
     // It takes no streams any more; it is told so, and over as soon as it has heard it.
     let (mut stopping, mut ending) = (false, false);
@@ -179,7 +199,8 @@ async fn serve(served: &Arc<Served>, mut conn: Conn, place: &Place) -> bool {
         let next = poll_fn(|cx| {
             meter.new_turn();
             let polled = conn.poll_accept(cx);
-            if !ending && let Some(what) = calm.look(began.elapsed(), meter.seen()) {
+            let streams = served.active.load(Ordering::Relaxed);
+            if !ending && let Some(what) = calm.look(began.elapsed(), meter.seen(), streams) {
                 return Poll::Ready(Next::Flood(what));
             }
             polled.map(|next| match next {
@@ -226,7 +247,12 @@ async fn serve(served: &Arc<Served>, mut conn: Conn, place: &Place) -> bool {
                     return false;
                 }
                 Next::Flood(what) => {
-                    tracing::info!(what, "a client's HTTP/2 connection is a flood");
+                    match served.party.host() {
+                        Some(host) => {
+                            tracing::warn!(%host, what, "another host's connection is a flood: it ends");
+                        }
+                        None => tracing::info!(what, "a client's HTTP/2 connection is a flood"),
+                    }
                     conn.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     (ending, due) = (true, Instant::now() + BYE_LIMIT);
                 }
@@ -277,15 +303,22 @@ async fn stream(served: &Served, listener: &str, request: Request<RecvStream>, r
     let is_head = request.method() == Method::HEAD;
     let connect = request.method() == Method::CONNECT;
     let turn = served.party.one_more();
+    // What it has of its host's, if it came by way of one: as long as the stream lasts.
+    let of_client = OnceLock::new();
     let answer = async {
         match &turn {
-            Ok(_) => answer(served, request, &respond, &visit).await,
+            Ok(_) => answer(served, request, (&respond, &of_client), &visit).await,
             Err(refusal) => Err(refusal.clone().into()),
         }
     };
     let answer = tokio::select! {
         answer = answer => answer,
-        () = respond.given_up() => return meter.given_up(),
+        () = respond.given_up() => {
+            if let Some((client, _)) = of_client.get() {
+                served.clients().given_up(client);
+            }
+            return meter.given_up();
+        }
     };
     let answer = answer.unwrap_or_else(|problem| {
         visit.answered(problem.status.as_u16(), problem.error);
@@ -332,7 +365,7 @@ async fn stream(served: &Served, listener: &str, request: Request<RecvStream>, r
 async fn answer(
     served: &Served,
     request: Request<RecvStream>,
-    respond: &Respond,
+    (respond, of_client): (&Respond, &OnceLock<OfClient>),
     visit: &Visit,
 ) -> Result<Answer, Problem> {
     let Served {
@@ -345,6 +378,17 @@ async fn answer(
     let no_path = head::check(&mut head, party.over_tls)?;
     let mut request = Request::from_parts(head, ());
     let caller = who::asks(state, asking, &mut request).await?;
+    if let Some(host) = caller.via() {
+        let weight = state.grants().weight(&caller, state.now_ms());
+        let client = caller.client();
+        let share = party.one_more_of(host, client, weight)?;
+        if !served.clients().request(served.began.elapsed(), client) {
+            let text = "this client gives up most of what it asks for: ask again in some seconds";
+            return Err(Refusal::busy(text).into());
+        }
+        // It is set here only.
+        let _ = of_client.set((client.to_owned(), share));
+    }
     let denied = |problem| who::may_log_in(state, &caller, problem);
     if request.method() == Method::CONNECT {
         let opened = open(state, &caller, &request, visit).await;
