@@ -82,6 +82,8 @@ pub struct Woken {
     pub session: Option<SessionChange>,
     /// The set of wakers changed: register it again.
     pub wakers_changed: bool,
+    /// What [`Carrier::obstacle`] says has changed.
+    pub obstacle_changed: bool,
 }
 
 /// Moves the packets of one session, in order.
@@ -138,6 +140,10 @@ pub trait Carrier {
     /// Returns true if the peer is paused: the session is kept, and nothing moves.
     fn is_paused(&self) -> bool {
         false
+    }
+    /// Why there can be no session now, for people; `None`: nothing is known to be in its way.
+    fn obstacle(&self) -> Option<String> {
+        None
     }
     /// A cheap check for a shell that polls. `Some(false)`: a burst would find nothing from the peer. A carrier that
     /// supports this check keeps its own distance from a peer that is writing. `None`: it has no such check, and the

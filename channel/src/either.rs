@@ -89,6 +89,10 @@ impl<A: Carrier, B: Carrier> Carrier for Either<A, B> {
         both!(self, c => c.is_paused())
     }
 
+    fn obstacle(&self) -> Option<String> {
+        both!(self, c => c.obstacle())
+    }
+
     fn glance(&mut self) -> Option<bool> {
         both!(self, c => c.glance())
     }

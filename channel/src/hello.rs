@@ -34,8 +34,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::refusal::Refusal;
 use tlv::Tlvs;
 
+mod key;
 mod tlv;
 
+pub use key::{HostKey, KEY_LEN, MAC_LEN};
 pub use tlv::{ARGUMENTS_MAX, CALLER_MAX, Extensions, Opaque, TRACE_MAX, TooLong};
 
 /// The well-known port of both sides.
@@ -126,6 +128,8 @@ pub struct Open {
     pub deadline_ms: u32,
     /// What the service is told beside its name.
     pub extensions: Extensions,
+    /// That it is the host's, where others can dial, too: see [`HostKey`].
+    pub mac: Option<[u8; MAC_LEN]>,
 }
 
 impl Open {
@@ -139,6 +143,7 @@ impl Open {
             lane: 1,
             deadline_ms: 0,
             extensions: Extensions::default(),
+            mac: None,
         }
     }
 }
@@ -271,6 +276,7 @@ impl Prefix {
             text,
             errno,
             extensions,
+            mac,
         } = Tlvs::parse(tail, name_len, raw.kind == 1)?;
         let common = Common {
             features: raw.features.get(),
@@ -288,6 +294,7 @@ impl Prefix {
                 lane: raw.lane,
                 deadline_ms: raw.deadline_ms.get(),
                 extensions,
+                mac,
             }),
             2 => Hello::Accept(Accept {
                 common,
@@ -322,6 +329,9 @@ impl Hello {
                 (kind, name, lane, deadline) = (1, o.service.as_str(), o.lane, o.deadline_ms);
                 versions = (o.version_min, o.version_max);
                 o.extensions.put_into(&mut tail);
+                if let Some(mac) = &o.mac {
+                    tlv::put(&mut tail, tlv::MAC, mac);
+                }
                 &o.common
             }
             Self::Accept(a) => {

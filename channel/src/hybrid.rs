@@ -243,7 +243,7 @@ impl<C: Carrier> Host<C> {
                 // The stream timed out, or the guest gave it up.
                 self.reach.iter_mut().for_each(|r| r.forget(stream));
             }
-            Notice::Session { .. } => {}
+            Notice::Session { .. } | Notice::Obstacle => {}
         }
     }
 

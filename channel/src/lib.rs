@@ -11,6 +11,8 @@ pub mod device;
 pub mod dial;
 #[cfg(feature = "device")]
 pub mod either;
+#[cfg(feature = "device")]
+pub mod foreign;
 pub mod frame;
 pub mod hello;
 #[cfg(feature = "device")]

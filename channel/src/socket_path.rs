@@ -132,6 +132,37 @@ pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     Ok(fd.into())
 }
 
+/// Checks the path of a VMM's socket, beside which there are others: `PATH_741` for what the guest dials at port 741.
+///
+/// # Errors
+/// Why it cannot be used, for people.
+pub fn check_hybrid(path: &Path) -> Result<(), String> {
+    /// Bytes of the longest `_PORT`.
+    const SUFFIX_LEN: usize = 11;
+    const MOST: usize = PATH_MAX - SUFFIX_LEN;
+    let bytes = path.as_os_str().as_encoded_bytes();
+    if !path.is_absolute() || path.file_name().is_none() || bytes.contains(&0) {
+        return Err(format!(
+            "{} is not the absolute path of a socket",
+            path.display()
+        ));
+    }
+    // Another spelling would be another VM's for whoever compares.
+    if path
+        .components()
+        .any(|c| matches!(c, std::path::Component::ParentDir))
+    {
+        return Err(format!("{} has `..` in it", path.display()));
+    }
+    match bytes.len() > MOST {
+        true => Err(format!(
+            "a path of {} bytes is too long: at most {MOST}, because `_PORT` comes behind it",
+            bytes.len()
+        )),
+        false => Ok(()),
+    }
+}
+
 /// Checks the length of a path.
 ///
 /// # Errors

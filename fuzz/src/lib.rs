@@ -22,6 +22,7 @@
 //! | `authority` | a client's name of a VM and a port | one spelling, in every case |
 //! | `socks5` | a SOCKS5 client's | itself in other pieces; a second reader of what it asks for |
 //! | `gate` | a client's of `adit proxy`: heads, bodies, SOCKS5 | a second reader of what a host gets of it; itself in other pieces; it ends |
+//! | `hybrid_connect` | a VMM's answer to `CONNECT` | itself in other pieces; a second reader |
 //! | `client_hello_sni` | a TLS client's first message | a part of itself |
 //! | `dns_query` | a DNS client's | a second reader of header and question; a bound on the answer |
 //! | `grants` | an operator's grants, and a caller's names | one spelling; a second reader of the decision |
@@ -47,6 +48,7 @@ mod engine_ops;
 mod gate;
 mod grants;
 mod http_head;
+mod hybrid_connect;
 mod input;
 mod mem_table;
 mod package;
@@ -70,7 +72,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 23] = [
+pub const TARGETS: [(&str, Target); 24] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -91,6 +93,7 @@ pub const TARGETS: [(&str, Target); 23] = [
     ("authority", authority::run),
     ("socks5", socks5::run),
     ("gate", gate::run),
+    ("hybrid_connect", hybrid_connect::run),
     ("client_hello_sni", client_hello_sni::run),
     ("dns_query", dns_query::run),
     ("grants", grants::run),

@@ -115,6 +115,7 @@ impl Client {
                     self.live.talks_on(Some(&conn));
                     let ended = self.session(&conn).unwrap_or_else(|e| e);
                     self.live.talks_on(None);
+                    self.identity.admission.ended();
                     backoff.ended_after(begin.elapsed());
                     ended
                 }
@@ -159,12 +160,12 @@ impl Client {
             lane: 0,
             ..Open::new(service, self.identity.common())
         };
-        open.common.features |= wire::FEATURES;
+        open.common.features |= wire::FEATURES | wire::KEY;
         (&conn).write_all(&Hello::Open(open).encode())?;
         match hello::read(&mut &conn)? {
             Hello::Accept(accept) => {
                 self.identity.saw(&accept.common);
-                self.features = accept.common.features & wire::FEATURES;
+                self.features = accept.common.features & (wire::FEATURES | wire::KEY);
                 (self.trusts, self.told) = (0, None);
                 self.given = Given::new(self.features & wire::WINDOW != 0);
                 conn.set_timeout(None)?;
@@ -177,6 +178,7 @@ impl Client {
 
     /// One connection's work. It ends only with an error; the inner one is the host's orderly end.
     fn session(&mut self, conn: &Conn) -> io::Result<io::Error> {
+        self.take_key(conn)?;
         if self.features & wire::IDENTITY != 0 {
             self.identify(conn)?;
         }
@@ -236,6 +238,21 @@ impl Client {
     }
 
     /// Learns from the host which id this guest has. Before that nothing runs: it may be a copy of another guest's disk.
+    /// Takes the key of the host's dials, if this host gives one.
+    fn take_key(&mut self, conn: &Conn) -> io::Result<()> {
+        let mut key = None;
+        if self.features & wire::KEY != 0 {
+            conn.set_timeout(Some(OWED_LIMIT))?;
+            // Nothing was asked, so it answers no message.
+            let given: Option<wire::HostKey> = self.receive(conn, WireKind::HostKey, 0)?;
+            let ended = || io::Error::new(ErrorKind::UnexpectedEof, "host ended the stream");
+            key = Some(hello::HostKey::new(given.ok_or_else(ended)?.key));
+            conn.set_timeout(None)?;
+        }
+        self.identity.admission.given(key);
+        Ok(())
+    }
+
     fn identify(&mut self, conn: &Conn) -> io::Result<()> {
         let Some(identity) = self.live.identity() else {
             return Ok(());

@@ -98,6 +98,9 @@ pub struct Config {
     /// What the host may reach by a name.
     #[serde(default)]
     pub service: Vec<NamedService>,
+    /// Whether nothing is served before the host has given a key.
+    #[serde(default)]
+    pub require_host_key: bool,
     /// Whose time the guest has.
     #[serde(default)]
     pub clock: ClockSource,

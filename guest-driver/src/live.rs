@@ -6,6 +6,7 @@
 //! | `trust_dir`, `script`, `file` | at the next task after SIGHUP |
 //! | `policy`, and what is in that file | at the next task or stream after SIGHUP; what becomes of a file that cannot be used: `policy::Standing` |
 //! | `allow_ports`, `[[service]]` | at the next stream after SIGHUP; streams that are open go on |
+//! | `require_host_key` | at the next stream after SIGHUP |
 //! | `clock` | when the host next sends its time after SIGHUP |
 //! | what is in the places of cards and trust documents | at SIGHUP; the host hears of it on the agent's next stream, which begins at once |
 //! | trust documents that the host passes on | at the next task; a task that runs ends at once if its key is revoked |

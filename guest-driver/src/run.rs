@@ -76,9 +76,11 @@ pub fn run(
     let identity = Arc::new(Identity {
         boot_nonce: facts::boot_nonce(),
         epoch: AtomicU64::new(0),
+        admission: Default::default(),
     });
     let enrolment = enrol::at_start(&config);
     let (ports, services) = (config.allow_ports.clone(), config.service.clone());
+    identity.admission.require(config.require_host_key);
     let live = Arc::new(Live::new(config, enrolment));
     let agent = Agent::new(live.clone(), upgrade.clone());
     let server = Server::new(ports, blobs, Some(agent), identity.clone());
@@ -146,6 +148,7 @@ fn reload(live: &Live, server: &Server) {
     let config = live.config();
     server.allow(config.allow_ports.clone());
     server.offer(config.service.clone());
+    server.require_key(config.require_host_key);
     let anchors = live.anchors();
     journald::is_vm(live.me(&anchors).as_ref().ok());
     let (ports, anchors) = (config.allow_ports.len(), anchors.count());

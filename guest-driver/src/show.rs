@@ -59,6 +59,7 @@ fn write(out: &mut String, config: &Config) -> fmt::Result {
                 "the host reaches none by name",
             ),
         ),
+        ("require_host_key", config.require_host_key.to_string()),
         ("clock", clock.into()),
     ] {
         writeln!(out, "{key:<15} {value}")?;

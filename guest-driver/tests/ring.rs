@@ -41,6 +41,7 @@ fn agent() {
     let identity = Arc::new(Identity {
         boot_nonce: [5; 16],
         epoch: AtomicU64::new(0),
+        admission: Default::default(),
     });
     let blobs = blob::store("/nowhere".as_ref());
     let server = Server::new(vec![port.parse().expect("a port")], blobs, None, identity);

@@ -27,6 +27,7 @@ use crate::desk::DeskError;
 use crate::enrolment;
 use crate::identity;
 use crate::passing::Socket;
+use crate::services::keyed;
 use crate::state::State;
 use crate::vm::VmEntry;
 
@@ -65,7 +66,10 @@ pub async fn converse(
     features: u64,
     stream: Socket,
 ) -> io::Result<()> {
-    let (reader, writer) = tokio::io::split(stream);
+    let (reader, mut writer) = tokio::io::split(stream);
+    if vm.channel.hybrid().is_some() {
+        give_key(vm, features, &mut writer).await?;
+    }
     let (to, frames) = mpsc::channel(AHEAD_MAX);
     // Not a task of its own: it would outlive this future, which is dropped when a newer connection replaces this one (R106).
     let reading = read_frames(reader, to);
@@ -81,6 +85,22 @@ pub async fn converse(
         // Frames that were read before the end are answered first.
         () = reading => answering.await,
     }
+}
+
+/// Gives the agent the key of our dials, as its first frame.
+async fn give_key(
+    vm: &Arc<VmEntry>,
+    features: u64,
+    writer: &mut WriteHalf<Socket>,
+) -> io::Result<()> {
+    if features & wire::KEY == 0 {
+        tracing::warn!(vm = %vm.name, "the agent knows no keys: whoever may open the VMM's socket can dial it; upgrade the agent");
+        keyed::no_key(vm).await;
+        return Ok(());
+    }
+    let key = keyed::new_key(vm).await;
+    let key = key.ok_or_else(|| io::Error::other("its port process takes no key"))?;
+    send(writer, WireKind::HostKey, 0, &wire::HostKey { key }).await
 }
 
 /// What was said on the stream so far.

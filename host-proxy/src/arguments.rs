@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::Read;
 
-use crate::config::VmConfig;
+use crate::config::{CarrierConfig, Hybrid, VmConfig};
 
 /// Bytes of a command line that are read.
 const LINE_MAX: u64 = 16 << 10;
@@ -35,6 +35,16 @@ pub fn settings_in(line: &[u8], spec: &VmConfig) -> VmConfig {
         settings.allow_any_memory = args.contains(&"--allow-any-memory");
     }
     settings.ivshmem_mib = value("--ivshmem-mib").unwrap_or(settings.ivshmem_mib);
+    if !args.is_empty() {
+        let at = args.iter().position(|arg| *arg == "--hybrid");
+        let path = at.and_then(|at| args.get(at + 1));
+        settings.carrier = path.map_or_else(CarrierConfig::default, |path| {
+            CarrierConfig::Hybrid(Hybrid {
+                hybrid: path.into(),
+                half_closes: args.contains(&"--half-closes"),
+            })
+        });
+    }
     settings
 }
 

@@ -4,6 +4,7 @@
 //! error that names file, line and key: a misspelt limit must not silently be no limit.
 
 mod access;
+mod carrier;
 mod certificates;
 mod check;
 pub mod hosts;
@@ -27,6 +28,7 @@ use adit_tasks::{Anchor, TrustStore};
 use serde::{Deserialize, Serialize};
 
 pub use access::{Address, GrantConfig, LISTENS_MAX, ListenConfig, Role, Speak, TokenConfig};
+pub use carrier::{CarrierConfig, Hybrid};
 pub use certificates::{Files, Pem, Terms};
 pub use check::Problem;
 use check::{Document, Documents};
@@ -287,6 +289,10 @@ pub struct VmConfig {
     /// cannot be truncated.
     #[serde(default)]
     pub allow_any_memory: bool,
+    /// How the guest is reached.
+    // A build before does not know it, and reads what is in the database.
+    #[serde(default, skip_serializing_if = "CarrierConfig::is_default")]
+    pub carrier: CarrierConfig,
     /// What it is used for. A label of a card with the same name does not count.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
@@ -353,6 +359,7 @@ impl VmConfig {
             busy_poll_us: 0,
             ivshmem_mib: default_ivshmem_mib(),
             allow_any_memory: false,
+            carrier: CarrierConfig::default(),
             labels: BTreeMap::new(),
             weight: default_weight(),
             connections_per_s: None,
@@ -381,6 +388,7 @@ impl VmConfig {
             let why = format!("it takes a power of two from 1 to {IVSHMEM_MIB_MAX}, not {mib}");
             return Err(("ivshmem_mib", why));
         }
+        self.carrier.check().map_err(|why| ("carrier", why))?;
         for (key, len) in [
             ("allow", self.allow.len()),
             ("allow_vsock", self.allow_vsock.len()),

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use adit_passed::{Closer, Passed};
 use adit_port::control::{
     DIALS_MAX, DialError, DialFailed, Dialed, EndTunnels, Ends, EndsTaken, FEATURE_CONNECT,
-    FEATURE_ENDS, FEATURE_LIMITS, FEATURE_TUNNELS, Handover, Incoming, Kept, Limit, ListTunnels,
-    Quit, Release, Ring, SetLimits, Status, Tunnels,
+    FEATURE_ENDS, FEATURE_KEY, FEATURE_LIMITS, FEATURE_TUNNELS, Handover, Incoming, Kept, Key,
+    Limit, ListTunnels, Quit, Release, Ring, SetLimits, Status, Tunnels,
 };
 use adit_port::control_io::{ControlError, Message, receive_passed, send};
 use tokio::io::Interest;
@@ -80,6 +80,8 @@ pub struct Link {
     tells_ends: AtomicBool,
     /// The port process has [`FEATURE_LIMITS`].
     limits: AtomicBool,
+    /// The port process has [`FEATURE_KEY`].
+    takes_keys: AtomicBool,
     /// Who waits for a page of tunnels.
     listing: Mutex<Option<oneshot::Sender<Tunnels>>>,
     status: watch::Sender<Option<Status>>,
@@ -117,6 +119,7 @@ impl Link {
             lists: AtomicBool::new(false),
             tells_ends: AtomicBool::new(false),
             limits: AtomicBool::new(false),
+            takes_keys: AtomicBool::new(false),
             listing: Mutex::default(),
             status: watch::Sender::new(None),
         });
@@ -179,6 +182,13 @@ impl Link {
     pub async fn set_limits(&self, tunnels: Vec<(u64, Vec<Limit>)>) {
         let set = Message::SetLimits(SetLimits { tunnels });
         let _ = self.outbox.send(Frame::Plain(set)).await;
+    }
+
+    /// Has every hello from now on carry the MAC of a key, or of none. Returns false if the port process is of an older build, or
+    /// has gone.
+    pub async fn set_key(&self, key: Option<[u8; 32]>) -> bool {
+        let key = Frame::Plain(Message::Key(Key { key }));
+        self.takes_keys.load(Ordering::Relaxed) && self.outbox.send(key).await.is_ok()
     }
 
     /// Whether the port process tells how tunnels end: an older build does not.
@@ -300,6 +310,8 @@ impl Driver {
                         let limits = features.bits & FEATURE_LIMITS != 0;
                         link.limits
                             .store(limits && tells && lists, Ordering::Relaxed);
+                        let takes_keys = features.bits & FEATURE_KEY != 0;
+                        link.takes_keys.store(takes_keys, Ordering::Relaxed);
                     }
                     (Message::Tunnels(page), _) => {
                         if let Some(tell) = link.listing().take() {

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::arguments;
 use crate::link::{Link, Said};
 use crate::monitor::client::AskError;
-use crate::monitor::wire::{LastWords, Start};
+use crate::monitor::wire::{LastWords, Start, StartHybrid};
 use crate::monitor::{Connected, Monitor, NotReached, port_log};
 use crate::vm::VmEntry;
 use crate::whose::Peer;
@@ -294,6 +294,10 @@ async fn reach(vm: &VmEntry, monitor: &Monitor) -> Result<Connected, String> {
         busy_poll_us: spec.busy_poll_us,
         ivshmem_mib: spec.ivshmem_mib,
         allow_any_memory: spec.allow_any_memory,
+        hybrid: spec.carrier.hybrid().map(|h| StartHybrid {
+            path: h.hybrid.clone(),
+            half_closes: h.half_closes,
+        }),
     };
     let left = keeper.pass_on().map_err(|e| e.to_string())?;
     let reached = tokio::select! {

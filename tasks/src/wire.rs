@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! guest                                   host
+//!   ◀──────────────────────────── HostKey{key}   where both have the bit KEY: of the host's dials from now on
 //!   Identity{id} ─────────────────────────▶   where both have the bit IDENTITY: the id that a host has given it
 //!   ◀────────────────────────────── Identified   the id that it has from now on; it runs nothing before it has heard this
 //!   Enrolment ────────────────────────────▶   its card and its key, and what of that it could not use
@@ -54,7 +55,11 @@ pub const TRUST: u64 = 2;
 /// Bit of a hello's features: the guest has an id of its host, as [`Identity`] and [`Identified`]. As above.
 pub const IDENTITY: u64 = 4;
 
-/// All of them.
+/// Bit of a hello's features: the host gives a key, as [`HostKey`], by which the agent knows the host's dials. Only a host whose
+/// guest others can dial too has it, and then its first frame is the key.
+pub const KEY: u64 = 8;
+
+/// All that every host has.
 pub const FEATURES: u64 = WINDOW | TRUST | IDENTITY;
 
 /// Most goals that a guest gives back at once. It keeps one more itself, and pulls nothing until the time of one of them has come.
@@ -83,6 +88,7 @@ pub enum WireKind {
     Identity = 16,
     Identified = 17,
     Program = 18,
+    HostKey = 19,
 }
 
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
@@ -173,6 +179,19 @@ pub struct Identified {
     pub id: HostGiven,
     /// Whose disk it is a copy of, for people; empty where it is none.
     pub copy_of: String,
+}
+
+/// The key of the host's dials from now on, and until this stream ends.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostKey {
+    /// See `adit_channel::hello::HostKey`.
+    pub key: [u8; 32],
+}
+
+impl std::fmt::Debug for HostKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HostKey")
+    }
 }
 
 /// Which program the agent is. Shown, never trusted.

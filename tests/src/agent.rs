@@ -53,6 +53,7 @@ pub fn start_with(vm: &Path, ports: &[u16], services: &str) -> anyhow::Result<()
     let identity = Arc::new(Identity {
         boot_nonce: [5; 16],
         epoch: AtomicU64::new(0),
+        admission: Default::default(),
     });
     let blobs = blob::store("/nowhere".as_ref());
     let server = Server::new(ports.to_vec(), blobs, None, identity);

@@ -29,6 +29,7 @@ pub mod cpio;
 pub mod debian;
 pub mod guest;
 pub mod host;
+pub mod hybrid;
 pub mod image;
 pub mod machine;
 mod namespace;

@@ -195,7 +195,7 @@ impl Backend {
                 }
             }
             Notice::DialFailed { stream, .. } => drop(self.dials.remove(&stream)),
-            Notice::Closed { .. } | Notice::Session { .. } => {}
+            Notice::Closed { .. } | Notice::Session { .. } | Notice::Obstacle => {}
         }
     }
 

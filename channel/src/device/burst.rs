@@ -337,6 +337,7 @@ impl<M: GuestAddressSpace> Carrier for VsockDevice<M> {
             return Woken {
                 session,
                 wakers_changed,
+                ..Woken::default()
             };
         }
         let kick = self

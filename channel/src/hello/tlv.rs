@@ -7,6 +7,7 @@
 //! | 3 | open | arguments of the service | [`ARGUMENTS_MAX`] |
 //! | 4 | open | who asked for the stream | [`CALLER_MAX`] |
 //! | 5 | open | the trace that it belongs to (W3C `traceparent`) | [`TRACE_MAX`] |
+//! | 6 | open | MAC by the host's key, see [`HostKey`](super::HostKey) | exactly [`MAC_LEN`] |
 //!
 //! Bit 15 of the type is *critical*. A type that is unknown, or that its hello does not have, is skipped without this bit and
 //! refused with it. The values of 3, 4 and 5 are opaque here: whoever has the service reads them. Each is there at most once,
@@ -14,7 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{HelloError, TAIL_MAX, TEXT_MAX};
+use super::{HelloError, MAC_LEN, TAIL_MAX, TEXT_MAX};
 use adit_names::ServiceName;
 
 /// Most bytes of a service's arguments.
@@ -29,12 +30,14 @@ pub(super) const ERRNO: u16 = 2;
 const ARGUMENTS: u16 = 3;
 const CALLER: u16 = 4;
 const TRACE: u16 = 5;
+pub(super) const MAC: u16 = 6;
 const CRITICAL: u16 = 0x8000;
 const HEAD_LEN: usize = 4;
 
 // An `open` with all of them, and a refusal with its two, fit into the tail.
-const _: () =
-    assert!(ServiceName::MAX + 3 * HEAD_LEN + ARGUMENTS_MAX + CALLER_MAX + TRACE_MAX <= TAIL_MAX);
+const _: () = assert!(
+    ServiceName::MAX + 4 * HEAD_LEN + ARGUMENTS_MAX + CALLER_MAX + TRACE_MAX + MAC_LEN <= TAIL_MAX
+);
 const _: () = assert!(TEXT_MAX + 2 * HEAD_LEN + 2 <= TAIL_MAX);
 
 /// A value of at most `MAX` bytes, which nobody between its two ends reads. Empty: there is none.
@@ -121,6 +124,7 @@ pub(super) struct Tlvs {
     pub(super) text: String,
     pub(super) errno: u16,
     pub(super) extensions: Extensions,
+    pub(super) mac: Option<[u8; MAC_LEN]>,
 }
 
 impl Tlvs {
@@ -161,6 +165,16 @@ impl Tlvs {
                 }
                 (TRACE, _) if is_open => {
                     set("trace length", &mut extensions.trace, value, malformed(at))?;
+                }
+                (MAC, _) if is_open => {
+                    let mac = value.try_into().map_err(|_| HelloError::Field {
+                        field: "MAC length",
+                        value: value.len() as u64,
+                        limit: MAC_LEN as u64,
+                    })?;
+                    if found.mac.replace(mac).is_some() {
+                        return Err(malformed(at));
+                    }
                 }
                 _ if tlv & CRITICAL != 0 => return Err(HelloError::Critical { tlv }),
                 _ => {}
@@ -237,6 +251,7 @@ mod tests {
     fn the_longest_extensions_fit_and_longer_ones_are_no_extensions() {
         let name = "x".repeat(ServiceName::MAX);
         let longest = Hello::Open(Open {
+            mac: Some([4; MAC_LEN]),
             extensions: extensions(&[1; ARGUMENTS_MAX], &[2; CALLER_MAX], &[3; TRACE_MAX]),
             ..Open::new(name.parse().unwrap(), Common::default())
         });
@@ -263,6 +278,33 @@ mod tests {
         put(&mut tail, CALLER, b"you");
         let twice = Tlvs::parse(&tail, 6, true);
         assert_eq!(twice, Err(HelloError::Tail { len: 19, at: 12 }));
+    }
+
+    #[test]
+    fn a_mac_has_golden_bytes_one_length_and_is_there_once() {
+        let hello = Hello::Open(Open {
+            mac: Some([7; MAC_LEN]),
+            ..Open::new("tcp:80".parse().unwrap(), Common::default())
+        });
+        let bytes = hello.encode();
+        let want = [&b"tcp:80\x06\0\x20\0"[..], &[7; MAC_LEN]].concat();
+        assert_eq!(bytes[PREFIX_LEN..], want);
+        assert_eq!(parse(&bytes), Ok(hello));
+        for len in [0, MAC_LEN - 1, MAC_LEN + 1] {
+            let mut tail = Vec::new();
+            put(&mut tail, MAC, &vec![7; len]);
+            assert!(matches!(
+                Tlvs::parse(&tail, 0, true),
+                Err(HelloError::Field { .. })
+            ));
+        }
+        let mut tail = Vec::new();
+        put(&mut tail, MAC, &[7; MAC_LEN]);
+        put(&mut tail, MAC, &[7; MAC_LEN]);
+        assert!(matches!(
+            Tlvs::parse(&tail, 0, true),
+            Err(HelloError::Tail { .. })
+        ));
     }
 
     #[test]

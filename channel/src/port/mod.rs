@@ -125,6 +125,8 @@ pub enum Notice {
         /// What it came to.
         totals: Totals,
     },
+    /// What is in the way of a session has changed: see [`Carrier::obstacle`].
+    Obstacle,
     /// The session began or ended.
     Session {
         /// The epoch of the session that began; `None` if the session ended.
@@ -469,10 +471,13 @@ impl<C: Carrier> Port<C> {
         {
             self.wakers_failed(now, &e);
         }
-        let change = woken.session.is_some() || woken.wakers_changed;
+        let change = woken.session.is_some() || woken.wakers_changed || woken.obstacle_changed;
         self.wakers.woke(change);
         if let Some(change) = woken.session {
             self.session(now, change);
+        }
+        if woken.obstacle_changed {
+            self.notices.push_back(Notice::Obstacle);
         }
     }
 

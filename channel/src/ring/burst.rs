@@ -380,6 +380,7 @@ impl Carrier for RingCarrier {
         Woken {
             session: self.change.take(),
             wakers_changed: false,
+            ..Woken::default()
         }
     }
 }

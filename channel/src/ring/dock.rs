@@ -160,6 +160,7 @@ impl Carrier for Dock {
         Woken {
             session: swapped.then_some(SessionChange::Lost(ResetReason::CarrierFault)),
             wakers_changed: swapped,
+            ..Woken::default()
         }
     }
 }

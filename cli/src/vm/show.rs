@@ -97,11 +97,16 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ["allowed vsock".into(), ports(join(&vm.allow_vsock))],
         ["services".into(), ports(join(&vm.allow_services))],
         ["busy poll".into(), format!("{} us", vm.busy_poll_us)],
-        ["vhost-user".into(), vm.vhost_socket.clone()],
-        ["ring".into(), vm.ring_socket.clone()],
-        ["ivshmem".into(), vm.ivshmem_socket.clone()],
-        ["carrier".into(), carrier(&vm.carrier)],
     ];
+    // With its own sockets, a VMM connects to none of these.
+    if vm.carrier.hybrid.is_none() {
+        rows.extend([
+            ["vhost-user".into(), vm.vhost_socket.clone()],
+            ["ring".into(), vm.ring_socket.clone()],
+            ["ivshmem".into(), vm.ivshmem_socket.clone()],
+        ]);
+    }
+    rows.push(["carrier".into(), carrier(&vm.carrier)]);
     if !vm.pending.is_empty() {
         let said = format!(
             "{}: in force after `adit vm reload {}`",
@@ -227,9 +232,10 @@ fn clock(ahead_ms: i64) -> String {
 
 /// `ring: both sides use the ring`, `vsock: no VMM has handed a ring over`.
 fn carrier(carrier: &Carrier) -> String {
-    let kind = match carrier.kind {
-        CarrierKind::Vsock => "vsock",
-        CarrierKind::Ring => "ring",
+    let kind = match (&carrier.hybrid, carrier.kind) {
+        (Some(path), _) => &format!("hybrid {path}"),
+        (None, CarrierKind::Vsock) => "vsock",
+        (None, CarrierKind::Ring) => "ring",
     };
     match carrier.why.as_str() {
         "" => kind.to_owned(),

@@ -5,6 +5,7 @@
 //!
 //! A stream beyond the tunnels' share (`shares`) always gets an answer that says so, even if there is no descriptor left for it.
 
+mod admission;
 pub mod agent;
 pub mod blob;
 mod named;
@@ -34,6 +35,7 @@ use crate::log;
 use crate::policy::Standing;
 use crate::transport::{HostStream, Listen};
 
+pub use self::admission::Admission;
 pub use self::named::unnamed;
 pub use self::shares::CONNS_MAX;
 pub use self::tcp::forbidden;
@@ -69,6 +71,8 @@ pub struct Identity {
     pub boot_nonce: [u8; 16],
     /// The last epoch of the host that was seen.
     pub epoch: AtomicU64,
+    /// Which hellos are the host's.
+    pub admission: Admission,
 }
 
 impl Identity {
@@ -138,6 +142,11 @@ impl Server {
     /// Serves these under their names instead, in the same way.
     pub fn offer(&self, services: Vec<NamedService>) {
         self.services.named.offer(services);
+    }
+
+    /// Serves only hellos with the MAC of the host's key, also before the host has given one.
+    pub fn require_key(&self, required: bool) {
+        self.identity.admission.require(required);
     }
 
     /// Has this policy decide what the host may dial, from the next stream on.
@@ -270,6 +279,14 @@ impl Server {
             Err(e) if e.kind() == ErrorKind::UnexpectedEof => return,
             Err(e) => return log::event("hello-refused", &[("error", &e)]),
         };
+        if let Err(refusal) = self.identity.admission.check(&open) {
+            log::event(
+                "stream-refused",
+                &[("service", &open.service), ("why", &refusal.text())],
+            );
+            // Whoever it is, it learns nothing of this guest.
+            return refuse_as(&conn, Common::default(), refusal);
+        }
         self.identity.saw(&open.common);
         let trace = trace(&open);
         let (version, run) = match self.services.open(&open) {
@@ -301,11 +318,14 @@ impl Server {
     }
 
     fn refuse(&self, conn: &impl HostStream, refusal: Refusal) {
-        let common = self.identity.common();
-        let hello = Hello::Refuse(Refuse { common, refusal });
-        let _ = conn.io().write_all(&hello.encode());
-        let _ = conn.end_sending();
+        refuse_as(conn, self.identity.common(), refusal);
     }
+}
+
+fn refuse_as(conn: &impl HostStream, common: Common, refusal: Refusal) {
+    let hello = Hello::Refuse(Refuse { common, refusal });
+    let _ = conn.io().write_all(&hello.encode());
+    let _ = conn.end_sending();
 }
 
 #[cfg(test)]

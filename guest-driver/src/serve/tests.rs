@@ -17,6 +17,7 @@ fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
     let identity = Arc::new(Identity {
         boot_nonce: [5; 16],
         epoch: AtomicU64::new(0),
+        admission: Default::default(),
     });
     let server = Server::new(ports, blob::store(dir.path()), None, identity);
     let transport = UnixDir(dir.path().into());

@@ -200,7 +200,7 @@ impl Host {
             panic!("not an open")
         };
         assert_eq!(open.service.as_str(), "tasks");
-        assert_eq!(open.common.features, wire::FEATURES);
+        assert_eq!(open.common.features, wire::FEATURES | wire::KEY);
         let accept = Accept {
             common: Common {
                 features: self.features,

@@ -218,6 +218,11 @@ fn channel(vm: &Vm) -> Vec<Finding> {
         _ if vm.port_pid.is_none() => unknown("VMM", "there is no port process"),
         (_, Some(true)) => ok("VMM", "it is connected"),
         _ if has_session => ok("VMM", "it is connected"),
+        (_, Some(false)) if let Some(path) = &vm.carrier.hybrid => failed(
+            "VMM",
+            fault(vm, &["transport"]).unwrap_or_else(|| "it is not there".into()),
+            format!("start the VM; the socket of its vsock device must be {path}"),
+        ),
         (_, Some(false)) => failed(
             "VMM",
             "none is connected",
@@ -229,6 +234,8 @@ fn channel(vm: &Vm) -> Vec<Finding> {
         (_, None) => unknown("VMM", "this aditd does not say"),
     };
     let device = match fault(vm, &["transport"]) {
+        // It has said what is in the way of the VMM's socket.
+        Some(_) if vm.carrier.hybrid.is_some() => unknown("device", "no VMM"),
         Some(why) => failed(
             "device",
             why,

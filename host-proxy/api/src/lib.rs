@@ -414,6 +414,9 @@ pub struct Carrier {
     pub kind: CarrierKind,
     /// Why.
     pub why: String,
+    /// The VMM's socket, where the VMM has one for each stream; none: it has a device, by vhost-user or in its own process.
+    #[serde(default)]
+    pub hybrid: Option<String>,
     /// What the ring's memory is and how it came; none: there is no ring.
     pub memory: Option<String>,
     /// Bytes of the ring's region.

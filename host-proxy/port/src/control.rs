@@ -33,6 +33,8 @@
 //!   ◀──────────────────────────── Ends{seq}   those that have ended since; also those of an aditd before
 //!   EndsTaken{seq} ────────────────────────▶  and then the next ones
 //!
+//!   Key{key} ──────────────────────────────▶  its hellos carry the MAC of this key from now on
+//!
 //!   ◀──────────────────────── Incoming{port} + 1 fd     (the guest dialled a port that aditd serves)
 //!   ◀─────────────────────────── Ring (after connecting, and on every change)
 //!
@@ -74,6 +76,8 @@ pub const FEATURE_LIMITS: u64 = 8;
 pub const LIMITS_MAX: usize = 4;
 /// Most tunnels of a `SetLimits`: with as many limits as they may have, it fits a packet.
 pub const LIMITED_MAX: usize = 512;
+/// Bit of [`Features`]: the port process knows `Key`.
+pub const FEATURE_KEY: u64 = 16;
 /// Most bytes of a tunnel's note.
 pub const NOTE_MAX: usize = 1024;
 /// Most tunnels of an [`Ends`].
@@ -225,6 +229,19 @@ pub struct ConnectLimited {
 pub struct SetLimits {
     /// Their numbers, and the limits of each: at most [`LIMITED_MAX`] tunnels with at most [`LIMITS_MAX`] limits each.
     pub tunnels: Vec<(u64, Vec<Limit>)>,
+}
+
+/// The key of hellos from now on: each carries its MAC (`adit_channel::hello::HostKey`). None: they carry none.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    /// For the guest that has dialled last.
+    pub key: Option<[u8; 32]>,
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key")
+    }
 }
 
 /// Tunnels with a note that have ended: at most [`ENDS_MAX`], and [`NOTES_MAX`] bytes of notes. The next ones come when these are

@@ -287,6 +287,7 @@ mod tests {
                 numbers: vec![u64::MAX; TUNNELS_MAX],
             }),
             Message::Features(Features { bits: u64::MAX }),
+            Message::Key(Key { key: Some([7; 32]) }),
             Message::Cancel(Cancel { id: 3 }),
             Message::Quit(Quit {}),
             Message::Status(status),

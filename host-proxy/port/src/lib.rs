@@ -6,6 +6,7 @@
 //! | `process` | the loop: control frames, notices of the port, status |
 //! | `rings` | how the port gets rings: the attach socket, ivshmem, a VMM in this process |
 //! | `keep` | sends what a successor needs to `aditd` |
+//! | `door` | the sockets to a VMM that has one for each stream, and the process that opens them |
 //! | `place` | the VM's directory: lock, sockets |
 //! | `born` | identifies a process by pid and start time |
 //! | `privilege` | a user of its own, and no capability |
@@ -16,6 +17,8 @@
 pub mod born;
 pub mod control;
 pub mod control_io;
+#[cfg(feature = "shell")]
+pub mod door;
 #[cfg(feature = "shell")]
 pub mod keep;
 #[cfg(feature = "shell")]

@@ -2,19 +2,22 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::device::GuestCid;
+use adit_channel::foreign::{self, Foreign};
 use adit_channel::hello;
 use adit_channel::live::LiveFile;
+use adit_channel::socket_path;
 use adit_channel::vhost_user::{self, MemoryPolicy, VhostUserCarrier, VhostUserConfig};
 use adit_names::VmId;
 use adit_passed::{Closer, Passed};
 use adit_port::control_io::{Message, receive_passed};
+use adit_port::door::{DoorLink, keeper};
 use adit_port::keep::{Keeping, Note};
 use adit_port::log;
 use adit_port::place::Place;
@@ -41,6 +44,13 @@ struct Args {
     /// The VM's directory: vhost.sock and ctl.sock are made in it.
     #[arg(long)]
     dir: PathBuf,
+    /// Reach the guest through this socket of a VMM that has one for each stream (Firecracker, Cloud Hypervisor), and not by
+    /// vhost-user. What the guest dials arrives at the same path with `_PORT` behind it, which is made here.
+    #[arg(long, value_name = "PATH", value_parser = hybrid)]
+    hybrid: Option<PathBuf>,
+    /// The VMM of --hybrid passes a half-close on, in both directions.
+    #[arg(long, requires = "hybrid")]
+    half_closes: bool,
     /// Host port that the guest may dial; repeat for more.
     #[arg(long = "serve-port", value_name = "PORT", default_values_t = [hello::PORT])]
     serve_ports: Vec<u32>,
@@ -70,7 +80,17 @@ fn ivshmem_mib(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "use a power of two up to 1024".into())
 }
 
+fn hybrid(text: &str) -> Result<PathBuf, String> {
+    socket_path::check_hybrid(text.as_ref()).map(|()| text.into())
+}
+
 fn main() -> ExitCode {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|arg| arg == keeper::COMMAND)
+    {
+        return doorkeeper();
+    }
     let args: Args = match adit_print::parse("adit-port") {
         Ok(args) => args,
         Err(done) => return done,
@@ -82,10 +102,27 @@ fn main() -> ExitCode {
     }
 }
 
+/// The other process of a VM whose VMM has a socket for each stream.
+fn doorkeeper() -> ExitCode {
+    log::start(tracing::Level::INFO);
+    let served = keeper::Args::of_this_process().and_then(|args| {
+        let control = std::io::stdin().as_fd().try_clone_to_owned()?;
+        keeper::run(args, control)
+    });
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => adit_print::failed("adit-port door", &e),
+    }
+}
+
 fn run(args: Args) -> anyhow::Result<()> {
     // Landlock applies to the calling thread and its children, so no thread may exist yet.
     Closer::shared().hold();
     let place = Place::prepare(&args.dir)?;
+    if args.hybrid.is_some() {
+        // No VMM and no ring connects to these.
+        place.withdraw(&args.dir)?;
+    }
     let left = Left::find(&args)?;
     raise_descriptor_limit();
     let stop = stop_signals().context("cannot watch signals")?;
@@ -94,6 +131,12 @@ fn run(args: Args) -> anyhow::Result<()> {
         .and_then(|mut f| f.read_exact(&mut random))
         .context("cannot read /dev/urandom")?;
     let (boot_nonce, seed) = random.split_at(16);
+    // It keeps the rights that this process gives up.
+    let door = args.hybrid.as_ref().map(|path| {
+        DoorLink::start(path, &args.serve_ports, Closer::shared())
+            .context("cannot start the doorkeeper")
+    });
+    let door = door.transpose()?;
     // The guest comes after this. Give up rights and files before its thread exists, and system calls after.
     let ring_bytes = args.ivshmem_mib << 20;
     if !privilege::give_up(args.uid, ring_bytes as u64).context("cannot give up privileges")? {
@@ -105,6 +148,18 @@ fn run(args: Args) -> anyhow::Result<()> {
         tracing::warn!("the kernel has no landlock: only seccomp confines this process");
     }
     let guest_cid = GuestCid::new(args.cid).context("CID is reserved: use 3 to 4294967294")?;
+    let options = Options {
+        vm: args.name.clone(),
+        cid: args.cid,
+        serve_ports: args.serve_ports.clone(),
+        busy_poll: Duration::from_micros(args.busy_poll_us),
+        seed: u64::from_le_bytes(seed.try_into()?),
+        boot_nonce: boot_nonce.try_into()?,
+        vmm: false,
+    };
+    if let Some(door) = door {
+        return serve_hybrid(&args, door, options, place, left, stop);
+    }
     let mut config = VhostUserConfig::new(place.vhost, guest_cid, args.name.to_string());
     if args.allow_any_memory {
         config.memory = MemoryPolicy::AnyFile;
@@ -116,15 +171,6 @@ fn run(args: Args) -> anyhow::Result<()> {
     let (mut keeping, keeper) = keeping.context("cannot keep state for a successor")?;
     config.keeper = Some(Box::new(keeper));
     let carrier = VhostUserCarrier::new(config).context("cannot serve vhost.sock")?;
-    let options = Options {
-        vm: args.name,
-        cid: args.cid,
-        serve_ports: args.serve_ports,
-        busy_poll: Duration::from_micros(args.busy_poll_us),
-        seed: u64::from_le_bytes(seed.try_into()?),
-        boot_nonce: boot_nonce.try_into()?,
-        vmm: false,
-    };
     keeping.set_releaser(carrier.releaser());
     let control = place.control;
     let (rings, inbox) = rings::channel().context("cannot take rings")?;
@@ -139,6 +185,31 @@ fn run(args: Args) -> anyhow::Result<()> {
     sockets.spawn().context("cannot serve ring.sock")?;
     let process = Process::new(options, carrier, left.live, keeping, control, stop)?;
     let mut process = process.with_rings(inbox)?;
+    sandbox::lock_calls().context("cannot enter the sandbox")?;
+    tracing::info!(pid = std::process::id(), "serving");
+    process.run().context("the loop ended")
+}
+
+/// Serves a VM whose VMM has a socket for each stream. It has no ring, and nothing of it outlives this process.
+fn serve_hybrid(
+    args: &Args,
+    door: DoorLink,
+    options: Options,
+    place: Place,
+    mut left: Left,
+    stop: OwnedFd,
+) -> anyhow::Result<()> {
+    left.note.clear();
+    let keeping = Keeping::new(left.live.clone(), left.note, None);
+    let (keeping, _) = keeping.context("cannot keep state for a successor")?;
+    // Its thread must be there before the last right to make one is gone.
+    Closer::shared().prepare();
+    let with = foreign::Options {
+        half_closes: args.half_closes,
+    };
+    let carrier = Foreign::new(door, with, left.live.epoch() + 1)
+        .context("cannot serve the VMM's streams")?;
+    let mut process = Process::new(options, carrier, left.live, keeping, place.control, stop)?;
     sandbox::lock_calls().context("cannot enter the sandbox")?;
     tracing::info!(pid = std::process::id(), "serving");
     process.run().context("the loop ended")

@@ -125,6 +125,18 @@ impl Place {
         })
     }
 
+    /// Removes the sockets of VMMs that speak vhost-user or offer a ring: this VM's does neither. Their listeners stay, and nobody
+    /// finds them.
+    ///
+    /// # Errors
+    /// As [`PlaceError`] says.
+    pub fn withdraw(&self, dir: &Path) -> Result<(), PlaceError> {
+        for socket in [VHOST_SOCKET, RING_SOCKET, IVSHMEM_SOCKET] {
+            socket_path::remove(&dir.join(socket))?;
+        }
+        Ok(())
+    }
+
     /// Lets `aditd` connect. From SO_PEERCRED it learns the user of the moment of this call.
     ///
     /// # Errors

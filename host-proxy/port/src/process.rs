@@ -19,6 +19,7 @@ use std::time::Duration;
 use adit_channel::carrier::Carrier;
 use adit_channel::dial::DialError;
 use adit_channel::either::Either;
+use adit_channel::hello::HostKey;
 use adit_channel::live::LiveFile;
 use adit_channel::port::Notice;
 use adit_channel::ring::Dock;
@@ -93,6 +94,8 @@ pub struct Process<C: Carrier> {
     tunnels: tunnels::Table<At>,
     ends: ends::Ends<At>,
     rates: rates::Rates,
+    /// Of the hellos, where others can dial the guest too.
+    key: Option<HostKey>,
     listener: OwnedFd,
     /// A reserve descriptor. It is closed to accept `aditd`'s next connection when tunnels use all others.
     spare: Option<OwnedFd>,
@@ -170,6 +173,7 @@ impl<C: Carrier> Process<C> {
             tunnels: tunnels::Table::default(),
             ends: ends::Ends::default(),
             rates: rates::Rates::default(),
+            key: None,
             listener: control,
             spare: Some(stop.try_clone()?),
             stop,
@@ -430,6 +434,10 @@ impl<C: Carrier> Process<C> {
                 self.ends.taken(taken.seq);
                 Ok(())
             }
+            Message::Key(key) => {
+                self.key = key.key.map(HostKey::new);
+                Ok(())
+            }
             Message::ListTunnels(ask) => {
                 self.list_tunnels(&ask);
                 Ok(())
@@ -495,6 +503,8 @@ impl<C: Carrier> Process<C> {
                     .ended((port, stream), now, totals, reason.is_some());
                 self.stream_closed((port, stream));
             }
+            // The status says it.
+            Notice::Obstacle => {}
             Notice::Session { epoch } if port != self.port => self.ring_session(epoch),
             Notice::Session { epoch } => {
                 tracing::info!(

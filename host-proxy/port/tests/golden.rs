@@ -263,6 +263,13 @@ fn messages() -> Vec<(Message, u8, u8, Vec<u8>)> {
             vec![0xac, 2],
         ),
         (Message::Quit(Quit {}), 4, needed, vec![]),
+        (Message::Key(Key { key: None }), 32, needed, vec![0]),
+        (
+            Message::Key(Key { key: Some([7; 32]) }),
+            32,
+            needed,
+            [&[1][..], &[7; 32]].concat(),
+        ),
         (Message::Kept(Kept { seq: 7 }), 5, needed, vec![7]),
         (Message::Release(Release {}), 6, needed, vec![]),
         (

@@ -151,7 +151,7 @@ fn services(names: &[String]) -> Result<Vec<VmId>, (&'static str, String)> {
 }
 
 /// What cannot be changed over the API, why, and what can be done.
-const FIXED: [(&str, &str, &str); 4] = [
+const FIXED: [(&str, &str, &str); 5] = [
     (
         "name",
         "goals are signed for it, and the guest is enrolled with it",
@@ -164,6 +164,7 @@ const FIXED: [(&str, &str, &str); 4] = [
     ),
     ("ivshmem_mib", IN_FILE.0, IN_FILE.1),
     ("allow_any_memory", IN_FILE.0, IN_FILE.1),
+    ("carrier", IN_FILE.0, IN_FILE.1),
 ];
 const IN_FILE: (&str, &str) = (
     "only a VM of aditd.toml can have another value than the default",
@@ -264,7 +265,9 @@ pub(super) async fn reload(Shared(state): Shared<App>, Path(name): Path<String>)
             .help("`adit vm show` says why, if it does not come"));
     };
     let pid = process.pid();
-    if status.session && !vm.channel.keeper.has_frontend() {
+    // Where the VMM has a socket for each stream there is nothing to go on with: the streams end.
+    let is_foreign = vm.channel.hybrid().is_some();
+    if status.session && !is_foreign && !vm.channel.keeper.has_frontend() {
         let message = format!(
             "port process {pid} of `{name}` has handed nothing over that a new one could go on with"
         );

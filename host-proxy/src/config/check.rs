@@ -8,6 +8,7 @@ use adit_tasks::card::Labels;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::carrier::check_path;
 use super::keys::{Key, Kind, MANY, keys};
 use super::{ALLOW_MAX, Config, Files};
 
@@ -215,6 +216,22 @@ impl<'a> Document<'a> {
                 }
                 true
             }
+            (Kind::Carrier, DeValue::Table(table)) => {
+                let mut has_path = false;
+                for (name, value) in table {
+                    match (name.get_ref().as_ref(), value.get_ref()) {
+                        ("hybrid", DeValue::String(path)) => {
+                            if let Err(why) = check_path(Path::new(path.as_ref())) {
+                                return wrong(format!("{}: {why}", self.is_not(value, key)));
+                            }
+                            has_path = true;
+                        }
+                        ("half_closes", DeValue::Boolean(_)) => {}
+                        _ => return wrong(self.is_not(value, key)),
+                    }
+                }
+                has_path
+            }
             (Kind::Numbers { .. } | Kind::Texts { .. } | Kind::Labels, _) => false,
             (kind, DeValue::String(text)) => kind.takes_text(text),
             (kind, value) => number(value).is_some_and(|n| kind.takes_number(n)),
@@ -394,6 +411,21 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
         let message =
             format!("{uids} are fewer users than there are VMs: {vms}, and each has its own");
         problems.extend(documents.once("ports", "uids", message));
+    }
+    let mut hybrids = std::collections::BTreeMap::new();
+    for (nth, vm) in config.vm.iter().enumerate() {
+        let Some(hybrid) = vm.carrier.hybrid() else {
+            continue;
+        };
+        // As `Path` compares: without empty parts and `.`.
+        if let Some(first) = hybrids.insert(hybrid.hybrid.as_path(), nth) {
+            let first = documents.place("vm", first, "carrier");
+            let message = format!(
+                "another VM has the socket {}: {first}",
+                hybrid.hybrid.display()
+            );
+            problems.extend(documents.nth("vm", nth, "carrier", message));
+        }
     }
     if let Err(e) = adit_channel::socket_path::check_len(&config.api_socket()) {
         problems.extend(documents.once("", "run_dir", e.to_string()));

@@ -82,6 +82,8 @@ pub(super) enum Kind {
     Sha256,
     /// `{ NAME = "VALUE", … }`.
     Labels,
+    /// `"auto"`, `"vhost-user"` or `{ hybrid = PATH }`.
+    Carrier,
 }
 
 /// Texts of a list.
@@ -141,6 +143,7 @@ impl Kind {
             Self::VmName => text.parse::<VmId>().is_ok(),
             Self::Listener => text.parse::<Address>().is_ok(),
             Self::Word(words) => words.contains(&text),
+            Self::Carrier => ["auto", "vhost-user"].contains(&text),
             // With the suffix that is configured it is read once that is known.
             Self::Destination => access::destination(&Suffix::default(), text).is_some(),
             Self::Suffix => text.parse::<Suffix>().is_ok(),
@@ -225,6 +228,11 @@ impl Key {
                 subject::NAME_MAX
             ),
             Kind::Sha256 => "64 of 0-9 and a-f in quotes".into(),
+            Kind::Carrier => {
+                "\"auto\", \"vhost-user\" or { hybrid = PATH }, also with `half_closes = true`; the path is absolute, and of at most 96 \
+                 bytes"
+                    .into()
+            }
             Kind::Labels => format!("at most {LABELS_MAX} names with values: {{ env = \"prod\" }}"),
         }
     }
@@ -233,7 +241,7 @@ impl Key {
     pub fn applied_by(&self) -> &'static str {
         match self.path {
             "vm.cid" => "a restart of aditd, once the VM has ended",
-            "vm.busy_poll_us" | "vm.ivshmem_mib" | "vm.allow_any_memory" => {
+            "vm.busy_poll_us" | "vm.ivshmem_mib" | "vm.allow_any_memory" | "vm.carrier" => {
                 "a reload of aditd, and then `adit vm reload`"
             }
             "listen.cert" | "listen.key" | "listen.client_ca" => "a reload of aditd",
@@ -774,6 +782,16 @@ const KEYS: &[Key] = &[
         kind: Kind::Flag,
     },
     Key {
+        path: "vm.carrier",
+        meaning: "How the guest is reached. \"auto\" and \"vhost-user\": the VMM connects to the VM's vhost.sock, and may offer a ring. \
+                  { hybrid = PATH }: the vsock socket of a Firecracker or Cloud Hypervisor; what the guest dials arrives at \
+                  PATH_741, which aditd makes. With half_closes = true the VMM is one that passes half-closes on, which \
+                  Firecracker does not.",
+        default: "\"auto\"",
+        example: "{ hybrid = \"/run/fc/web-1/v.sock\" }",
+        kind: Kind::Carrier,
+    },
+    Key {
         path: "vm.labels",
         meaning: "What the VM is used for, for grants. They come before labels of a card with the same names.",
         default: "{}",
@@ -916,7 +934,7 @@ mod tests {
     /// Paths of the fields that a configuration is made of.
     fn paths(value: &Value, prefix: &str, into: &mut BTreeSet<String>) {
         match value {
-            Value::Object(fields) if prefix != ".vm.labels" => fields
+            Value::Object(fields) if ![".vm.labels", ".vm.carrier"].contains(&prefix) => fields
                 .iter()
                 .for_each(|(name, value)| paths(value, &format!("{prefix}.{name}"), into)),
             Value::Array(many) if MANY.iter().any(|(name, _)| prefix == format!(".{name}")) => {

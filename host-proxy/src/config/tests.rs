@@ -64,6 +64,13 @@ fn mistakes_name_file_line_and_key() {
             "allow_services",
         ),
         (format!("{VM}ivshmem_mib = 6\n"), 4, "ivshmem_mib"),
+        (
+            format!(
+                "{VM}carrier = {{ hybrid = \"/a/v\" }}\n[[vm]]\nname = \"b\"\ncid = 4\ncarrier = {{ hybrid = \"/a/./v\" }}\n"
+            ),
+            8,
+            "carrier",
+        ),
         ("[[vm]]\nname = \"A\"\ncid = 3\n".to_owned(), 2, "name"),
         ("[[vm]]\nname = \"a\"\ncid = 2\n".to_owned(), 3, "cid"),
         ("[[vm]]\nname = \"a\"\n".to_owned(), 1, "cid"),
@@ -273,6 +280,29 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
             keys::Kind::Sha256 => (
                 vec![format!("\"{}\"", "0a".repeat(32))],
                 vec![format!("\"{}\"", "0A".repeat(32)), "\"0a\"".into()],
+            ),
+            keys::Kind::Carrier => (
+                vec![
+                    "\"auto\"".into(),
+                    "\"vhost-user\"".into(),
+                    "{ hybrid = \"/a/v.sock\" }".into(),
+                    "{ hybrid = \"/a/v.sock\", half_closes = true }".into(),
+                    format!("{{ hybrid = \"/{}\" }}", "x".repeat(95)),
+                ],
+                vec![
+                    "\"hybrid\"".into(),
+                    "\"ring\"".into(),
+                    "{ hybrid = \"v.sock\" }".into(),
+                    "{ hybrid = \"/\" }".into(),
+                    "{ hybrid = \"/a/../v.sock\" }".into(),
+                    "{ hybrid = \"/a\\u0000b\" }".into(),
+                    "{ hybrid = 3 }".into(),
+                    "{ hybrid = \"/a\", half_closes = 1 }".into(),
+                    "{ hybrid = \"/a\", vsock = 3 }".into(),
+                    "{ half_closes = true }".into(),
+                    "{ vsock = { cid = 3 } }".into(),
+                    format!("{{ hybrid = \"/{}\" }}", "x".repeat(96)),
+                ],
             ),
             keys::Kind::Labels => (
                 vec!["{}".into(), "{ env = \"prod\", \"a/b\" = \"c\" }".into()],

@@ -131,6 +131,14 @@ impl Link {
     /// # Errors
     /// As the port process says; `NoSession` also if it has gone.
     pub async fn open(&self, question: Question, end: ClientEnd) -> Result<(), Unopened> {
+        self.opened(question, end).await.map(drop)
+    }
+
+    /// The same, and returns the boot nonce that the agent has said.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn opened(&self, question: Question, end: ClientEnd) -> Result<[u8; 16], Unopened> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (tell, told) = oneshot::channel();
         {
@@ -162,7 +170,7 @@ impl Waits<'_> {
         question: Question,
         end: ClientEnd,
         told: Told,
-    ) -> Result<(), Unopened> {
+    ) -> Result<[u8; 16], Unopened> {
         let (fd, ahead, greeting, asks) = match end {
             ClientEnd::Socket(client) => {
                 let asks = Some(client.asks);
@@ -210,7 +218,7 @@ impl Waits<'_> {
         let answer = tokio::time::timeout(limit, answer).await;
         self.answered = matches!(answer, Ok(Ok(_) | Err(Unopened::Failed(_))));
         match answer {
-            Ok(answer) => answer.map(|_| ()),
+            Ok(answer) => answer.map(|dialed| dialed.boot_nonce),
             Err(_) => Err(Unopened::Unknown(self.silent())),
         }
     }
@@ -221,7 +229,7 @@ impl Waits<'_> {
         question: Question,
         end: ClientEnd,
         told: Told,
-    ) -> Result<(), Unopened> {
+    ) -> Result<[u8; 16], Unopened> {
         let id = self.id;
         if !question.extensions.arguments.is_empty() {
             let text = "the VM's port process is of an older build and passes no arguments on: `adit vm reload` replaces it";
@@ -246,7 +254,7 @@ impl Waits<'_> {
         let answer = tokio::time::timeout(limit, answer).await;
         let answer = answer.unwrap_or_else(|_| Err(self.silent()));
         // From here on it can be attached to, or given up.
-        answer.map_err(Unopened::Failed)?;
+        let dialed = answer.map_err(Unopened::Failed)?;
         let (fd, prefix) = match end {
             ClientEnd::Socket(client) => {
                 let greeted = greet(client.fd, &client.greeting).await;
@@ -265,7 +273,8 @@ impl Waits<'_> {
         let sent = tokio::time::timeout(ANSWER_GRACE, sent).await;
         let sent = sent.unwrap_or_else(|_| Err(self.silent()));
         self.answered = sent.is_ok();
-        sent.map(drop).map_err(Unopened::Unknown)
+        let sent = sent.map(|_| dialed.boot_nonce);
+        sent.map_err(Unopened::Unknown)
     }
 
     /// Waits for the answer, and has the client asked meanwhile: here, if this is its socket, or by the port process.

@@ -5,6 +5,7 @@
 //! directory and a name, a user is one of the range, and only a process that aditd started for that VM is ended.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
@@ -25,10 +26,10 @@ use super::outward::Outward;
 use super::port_log;
 use super::room;
 use super::store::{Pair, Store};
-use super::wire::{LastWords, NotReached, Start};
+use super::wire::{LastWords, NotReached, Start, StartHybrid};
 use crate::arguments;
 use crate::cgroup::Cgroups;
-use crate::config::{VMS_MAX, VmConfig, vm_dir};
+use crate::config::{CarrierConfig, Hybrid, VMS_MAX, VmConfig, vm_dir};
 use crate::spawn::{self, Spawner};
 use crate::uids::Uids;
 use crate::vm_dir::{self, LeftError};
@@ -341,6 +342,12 @@ impl Privileged {
             .arg("--ivshmem-mib")
             .arg(start.ivshmem_mib.to_string())
             .args(start.allow_any_memory.then_some("--allow-any-memory"))
+            .args(start.hybrid.iter().flat_map(|h| {
+                let half_closes = h.half_closes.then_some(OsStr::new("--half-closes"));
+                [OsStr::new("--hybrid"), h.path.as_os_str()]
+                    .into_iter()
+                    .chain(half_closes)
+            }))
             .args(own.map(|own| format!("--uid={own}")))
             // Nothing of what aditd was told, by systemd or by a person, is its business.
             .env_clear()
@@ -529,6 +536,13 @@ impl Start {
         let mut config = VmConfig::new(vm.clone(), self.cid);
         config.busy_poll_us = self.busy_poll_us;
         config.ivshmem_mib = self.ivshmem_mib;
+        if let Some(StartHybrid { path, half_closes }) = self.hybrid.clone() {
+            let hybrid = path;
+            config.carrier = CarrierConfig::Hybrid(Hybrid {
+                hybrid,
+                half_closes,
+            });
+        }
         let checked = config.check();
         checked.map_err(|(key, why)| NotDone::Setting { key, why })
     }

@@ -12,6 +12,7 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::PathBuf;
 
 use adit_channel::frame::{FrameError, HEADER_LEN, Header};
 use adit_names::VmId;
@@ -49,6 +50,17 @@ pub struct Start {
     pub ivshmem_mib: u32,
     /// Guest memory may be any file.
     pub allow_any_memory: bool,
+    /// The sockets of a VMM that has one for each stream.
+    pub hybrid: Option<StartHybrid>,
+}
+
+/// As [`Hybrid`](crate::config::Hybrid).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartHybrid {
+    /// The VMM's socket.
+    pub path: PathBuf,
+    /// It passes half-closes on.
+    pub half_closes: bool,
 }
 
 /// Asks for a connection to the VM's port process: to the one that is there, or else to a new one. The descriptor, if there is
@@ -451,6 +463,7 @@ mod tests {
             busy_poll_us: 50,
             ivshmem_mib: 4,
             allow_any_memory: true,
+            hybrid: None,
         };
         let words = LastWords {
             status: 256,

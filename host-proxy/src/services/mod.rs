@@ -4,9 +4,14 @@
 //! the guest dialled ─► a slot of its class ─► hello ─► find ─► allow ─► accept ─► run
 //!                      └─ none: closed        └──── refuse {why} ───┘
 //! ```
+//! Where the VMM has a socket for each stream, the guest's port is not told, and others can dial the guest too. Then a stream is the
+//! agent's if its hello has the boot nonce that the listener on the guest's port 741 says, which is privileged (`keyed`); and the agent
+//! is given a key, by which it knows our dials.
+//!
 //! The VM is the one whose port process the stream came from; nothing that a hello says changes that. A service is a file in this
 //! folder and a line of `SERVICES`. It gets the whole hello, so that arguments need no other way.
 
+pub(crate) mod keyed;
 pub mod tasks;
 
 use std::io;
@@ -53,7 +58,12 @@ pub trait Service: Sync {
         0
     }
 
-    /// Serves a stream whose hello was accepted. Dropped when the VM is removed.
+    /// Those that it knows besides where others can dial the guest, too.
+    fn keyed_features(&self) -> u64 {
+        0
+    }
+
+    /// Serves a stream whose hello was accepted. The features of its hello are those that both ends have. Dropped when the VM is removed.
     fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>>;
 }
 
@@ -86,7 +96,7 @@ impl Class {
     }
 
     /// Counted separately: streams that any process of the guest can open must not keep the agent out.
-    fn slots(self, vm: &VmEntry) -> &Arc<Semaphore> {
+    pub(super) fn slots(self, vm: &VmEntry) -> &Arc<Semaphore> {
         match self {
             Self::Agent => &vm.agent.streams,
             Self::Anyone => &vm.agent.other_streams,
@@ -96,8 +106,11 @@ impl Class {
 
 /// Serves a stream that the guest dialled. If too many of its class are open, closes it.
 pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Passed) {
-    let class = Class::of(incoming.peer_port);
-    let Ok(slot) = class.slots(vm).clone().try_acquire_owned() else {
+    let slots = match vm.channel.hybrid() {
+        Some(_) => &vm.agent.unknown_streams,
+        None => Class::of(incoming.peer_port).slots(vm),
+    };
+    let Ok(slot) = slots.clone().try_acquire_owned() else {
         tracing::debug!(vm = %vm.name, from = incoming.peer_port, "guest's stream closed: too many are open");
         return;
     };
@@ -117,7 +130,7 @@ async fn serve(
     fd: Passed,
 ) -> io::Result<()> {
     let mut stream = Socket::new(fd.unix_stream()?.into_inner()?, vm.channel.keeper.closer())?;
-    let open = match tokio::time::timeout(HELLO_LIMIT, hello::read_async(&mut stream)).await {
+    let mut open = match tokio::time::timeout(HELLO_LIMIT, hello::read_async(&mut stream)).await {
         Ok(Ok(Hello::Open(open))) => open,
         Ok(Ok(_)) => {
             return Err(io::Error::other(
@@ -132,7 +145,11 @@ async fn serve(
         epoch: vm.channel.epoch(),
         boot_nonce: state.boot_nonce,
     };
-    let class = Class::of(incoming.peer_port);
+    let is_keyed = vm.channel.hybrid().is_some();
+    let class = match is_keyed {
+        true => keyed::class(vm, &open).await,
+        false => Class::of(incoming.peer_port),
+    };
     let service = match choose(&SERVICES, &open, class) {
         Ok(service) => service,
         Err(refusal) => {
@@ -142,8 +159,13 @@ async fn serve(
         }
     };
     let version = hello::VERSION;
+    let features = match is_keyed {
+        true => service.features() | service.keyed_features(),
+        false => service.features(),
+    };
+    open.common.features &= features;
     let common = Common {
-        features: open.common.features & service.features(),
+        features: open.common.features,
         ..common
     };
     let accept = Hello::Accept(Accept { common, version });

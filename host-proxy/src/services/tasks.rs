@@ -41,10 +41,14 @@ impl Service for Tasks {
         wire::FEATURES
     }
 
+    fn keyed_features(&self) -> u64 {
+        wire::KEY
+    }
+
     fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>> {
         Box::pin(async move {
             let connected = Connected::new(&call.vm);
-            let features = call.open.common.features & wire::FEATURES;
+            let features = call.open.common.features;
             tokio::select! {
                 result = agent::converse(&call.state, &call.vm, features, stream) => result,
                 () = connected.token.cancelled() => Err(io::Error::other("replaced by a newer connection")),

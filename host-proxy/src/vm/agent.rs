@@ -20,6 +20,9 @@ pub const AGENT_STREAMS_MAX: usize = 4;
 /// Streams from unprivileged ports of one guest that may wait for their refusal.
 pub const OTHER_STREAMS_MAX: usize = 2;
 
+/// Streams of one guest that may wait until it is known whose they are, where the guest's port does not tell.
+pub const UNKNOWN_STREAMS_MAX: usize = 32;
+
 /// Enrolments of one guest that are judged in four seconds: each costs a check of a signature. Those that come faster
 /// wait, and so does whoever sends them.
 pub const ENROLMENTS_MAX: u32 = 16;
@@ -32,6 +35,8 @@ pub struct Agent {
     pub streams: Arc<Semaphore>,
     /// [`OTHER_STREAMS_MAX`].
     pub other_streams: Arc<Semaphore>,
+    /// [`UNKNOWN_STREAMS_MAX`].
+    pub unknown_streams: Arc<Semaphore>,
     vm: VmId,
     /// Since when, and how many.
     enrolments: Mutex<(Option<Instant>, u32)>,
@@ -91,6 +96,7 @@ impl Agent {
         Self {
             streams: Arc::new(Semaphore::new(AGENT_STREAMS_MAX)),
             other_streams: Arc::new(Semaphore::new(OTHER_STREAMS_MAX)),
+            unknown_streams: Arc::new(Semaphore::new(UNKNOWN_STREAMS_MAX)),
             vm: vm.clone(),
             enrolments: Mutex::default(),
             said: Mutex::default(),

@@ -6,7 +6,7 @@ use adit_names::VmId;
 use adit_port::control::{Ring, Status};
 
 use super::Changes;
-use crate::config::VmConfig;
+use crate::config::{Hybrid, VmConfig};
 use crate::fault::{Fault, FaultKind, Logged};
 use crate::keeper::Keeper;
 use crate::link::Link;
@@ -117,6 +117,14 @@ impl Channel {
         self.lock().started_with = Some(spec);
     }
 
+    /// The sockets of its VMM, if it has one for each stream, as its port process was started.
+    pub fn hybrid(&self) -> Option<Hybrid> {
+        let state = self.lock();
+        let is_held = state.serving.as_ref().is_some_and(|s| s.held);
+        let spec = state.started_with.as_ref().filter(|_| !is_held)?;
+        spec.carrier.hybrid().cloned()
+    }
+
     /// Its supervisor has ended.
     pub fn supervisor_ended(&self) {
         self.change(|state| state.unsupervised = true);
@@ -184,6 +192,7 @@ impl Channel {
         let differs = [
             ("busy_poll_us", old.busy_poll_us != new.busy_poll_us),
             ("ivshmem_mib", old.ivshmem_mib != new.ivshmem_mib),
+            ("carrier", old.carrier.hybrid() != new.carrier.hybrid()),
             (
                 "allow_any_memory",
                 old.allow_any_memory != new.allow_any_memory,

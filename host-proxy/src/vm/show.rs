@@ -92,7 +92,7 @@ impl VmEntry {
             port_pid: self.channel.port_pid(),
             held_by: self.channel.held_by(),
             vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
-            carrier: self.channel.ring().map(carrier).unwrap_or_default(),
+            carrier: self.carrier(),
             ring_socket: self.dir.join(RING_SOCKET).display().to_string(),
             ivshmem_socket: self.dir.join(IVSHMEM_SOCKET).display().to_string(),
             fault: (!texts.is_empty()).then(|| texts.join("; ")),
@@ -114,6 +114,22 @@ impl VmEntry {
     fn has_vmm(&self) -> bool {
         let channel = &self.channel;
         channel.session() || channel.held_by().is_some() || channel.keeper.has_frontend()
+    }
+
+    fn carrier(&self) -> Carrier {
+        match self.channel.hybrid() {
+            None => self.channel.ring().map(carrier).unwrap_or_default(),
+            Some(hybrid) => Carrier {
+                why: match hybrid.half_closes {
+                    true => "aditd.toml says so".into(),
+                    false => "aditd.toml says so, and that the VMM takes a half-close for a close: the end of a client's sending \
+                              reaches the guest only with the end of the stream"
+                        .into(),
+                },
+                hybrid: Some(hybrid.hybrid.display().to_string()),
+                ..Carrier::default()
+            },
+        }
     }
 
     fn last_dial(&self, dial: super::LastDial) -> LastDial {
@@ -197,6 +213,7 @@ fn carrier(ring: Ring) -> Carrier {
             false => CarrierKind::Vsock,
         },
         why: cut(&ring.why),
+        hybrid: None,
         memory: (!ring.memory.is_empty()).then(|| cut(&ring.memory)),
         bytes: ring.bytes,
         line_ns: ring.line_ns,

@@ -173,6 +173,7 @@ impl Carrier for Memory {
         Woken {
             session: self.changes.pop_front(),
             wakers_changed: true,
+            ..Woken::default()
         }
     }
 }

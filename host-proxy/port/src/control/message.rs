@@ -11,7 +11,7 @@ use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 use super::{
     Ask, Attach, Cancel, Connect, ConnectAs, ConnectLimited, ConnectNoted, Dial, DialFailed,
     Dialed, EndTunnels, Ends, EndsTaken, Features, HANDOVER_FDS_MAX, Handover, HandoverV1, Held,
-    Incoming, Kept, ListTunnels, PACKET_MAX, Quit, Release, Ring, SetLimits, Status, Stuck,
+    Incoming, Kept, Key, ListTunnels, PACKET_MAX, Quit, Release, Ring, SetLimits, Status, Stuck,
     Tunnels,
 };
 
@@ -58,6 +58,8 @@ adit_channel::message_table! {
     ConnectLimited = 14, 1..=1, NEEDED;
     /// To the port process, if it has [`FEATURE_LIMITS`](super::FEATURE_LIMITS).
     SetLimits = 15, 0..=0, NEEDED;
+    /// To the port process, if it has [`FEATURE_KEY`](super::FEATURE_KEY).
+    Key = 32, 0..=0, NEEDED;
     /// To `aditd`.
     Status = 16, 0..=0, NEEDED;
     /// To `aditd`.

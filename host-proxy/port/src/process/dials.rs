@@ -250,11 +250,12 @@ impl<C: Carrier> Process<C> {
                     epoch,
                     boot_nonce: self.options.boot_nonce,
                 };
-                let open = Open {
+                let mut open = Open {
                     deadline_ms: question.deadline_ms,
                     extensions: question.extensions.clone(),
                     ..Open::new(service.clone(), common)
                 };
+                open.mac = self.key.as_ref().map(|key| key.mac(&open));
                 (hello::PORT, Some(open))
             }
         };

@@ -4,7 +4,8 @@ use adit_channel::carrier::Carrier;
 
 use super::Process;
 use crate::control::{
-    FEATURE_CONNECT, FEATURE_ENDS, FEATURE_LIMITS, FEATURE_TUNNELS, Features, Held, Status, Stuck,
+    FEATURE_CONNECT, FEATURE_ENDS, FEATURE_KEY, FEATURE_LIMITS, FEATURE_TUNNELS, Features, Held,
+    Status, Stuck,
 };
 use crate::control_io::Message;
 
@@ -58,7 +59,8 @@ impl<C: Carrier> Process<C> {
             let first = self.said.replace(status.clone()).is_none();
             if first {
                 // Ahead of the status, after which aditd dials.
-                let bits = FEATURE_CONNECT | FEATURE_TUNNELS | FEATURE_ENDS | FEATURE_LIMITS;
+                let bits =
+                    FEATURE_CONNECT | FEATURE_TUNNELS | FEATURE_ENDS | FEATURE_LIMITS | FEATURE_KEY;
                 self.say(Message::Features(Features { bits }), vec![]);
             }
             self.say(Message::Status(status), vec![]);
@@ -89,7 +91,9 @@ impl<C: Carrier> Process<C> {
     fn last_fault(&self) -> String {
         let port = self.shard.port(self.port);
         let refused = self.keeping.refused();
-        let fault = refused.unwrap_or_else(|| port.last_fault().to_owned());
+        let fault = refused
+            .or_else(|| port.carrier().obstacle())
+            .unwrap_or_else(|| port.last_fault().to_owned());
         fault.chars().take(FAULT_MAX).collect()
     }
 

@@ -238,6 +238,7 @@ impl Carrier for DriverCarrier {
         Woken {
             session: begins.then_some(SessionChange::Attached { epoch: 1 }),
             wakers_changed: false,
+            ..Woken::default()
         }
     }
 }

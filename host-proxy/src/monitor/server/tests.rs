@@ -71,6 +71,7 @@ fn start(ivshmem_mib: u32) -> Start {
         busy_poll_us: 0,
         ivshmem_mib,
         allow_any_memory: false,
+        hybrid: None,
     }
 }
 

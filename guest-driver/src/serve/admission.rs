@@ -1,0 +1,161 @@
+//! Who may dial the agent: the host, and where others could too, only who shows that it has the host's key.
+//!
+//! ```text
+//!                     own stream: no key here ──► open
+//! start ─► open ──────┤
+//!    │                own stream: a key ────────► keyed(key) ── the stream ends ──► keyed(none)
+//!    └ require_host_key = true ─► keyed(none)                  ◄── own stream: a key
+//! ```
+//! Whether others can dial is the host's to know: it gives a key where the VMM's socket is open to more than the host. In `keyed`
+//! nothing runs for a hello without the MAC of the key, with one exception. While there is no key, `ping` is answered: it reaches
+//! nothing, and by its answer, which only a privileged listener of this guest can give, the host knows that a stream which claims
+//! to be the agent's is the agent's. A hello that comes while the key is on its way waits for it.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use adit_channel::hello::{HostKey, Open};
+use adit_channel::refusal::{Code, Refusal};
+use adit_channel::ring::bell::PING;
+
+/// How long a hello waits for a key.
+const WAIT: Duration = Duration::from_secs(1);
+
+/// Decides whether a hello comes from the host.
+#[derive(Debug, Default)]
+pub struct Admission {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The configuration says so.
+    required: bool,
+    /// The host has said so.
+    keyed: bool,
+    key: Option<HostKey>,
+}
+
+impl Admission {
+    /// Whether a key is needed also before the host has given one.
+    pub fn require(&self, required: bool) {
+        self.lock().required = required;
+    }
+
+    /// The host has given a key on the agent's own stream, or none.
+    pub fn given(&self, key: Option<HostKey>) {
+        let mut state = self.lock();
+        state.keyed = key.is_some();
+        state.key = key;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The agent's own stream has ended, and with it the key.
+    pub fn ended(&self) {
+        self.lock().key = None;
+    }
+
+    /// Whether a hello may be served.
+    ///
+    /// # Errors
+    /// Why not. Nothing may be said of this guest then.
+    pub fn check(&self, open: &Open) -> Result<(), Refusal> {
+        self.check_within(open, WAIT)
+    }
+
+    fn check_within(&self, open: &Open, limit: Duration) -> Result<(), Refusal> {
+        let end = Instant::now() + limit;
+        let mut state = self.lock();
+        loop {
+            if !state.keyed && !state.required {
+                return Ok(());
+            }
+            let made = state.key.as_ref().map(|key| key.made(open));
+            let left = end.saturating_duration_since(Instant::now());
+            match made {
+                Some(true) => return Ok(()),
+                None if open.service.as_str() == PING => return Ok(()),
+                // Without a MAC no key helps.
+                None if open.mac.is_some() && !left.is_zero() => {
+                    let waited = self.changed.wait_timeout(state, left);
+                    (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+                }
+                Some(false) | None => {
+                    let text = "the hello does not show that it is the host's: dial by aditd";
+                    return Err(Refusal::new(Code::Denied, text));
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use adit_channel::hello::{Common, KEY_LEN};
+
+    use super::*;
+
+    fn open(service: &str, key: Option<u8>) -> Open {
+        let mut open = Open::new(service.parse().unwrap(), Common::default());
+        open.mac = key.map(|key| HostKey::new([key; KEY_LEN]).mac(&open));
+        open
+    }
+
+    fn admits(admission: &Admission, service: &str, key: Option<u8>) -> bool {
+        let within = admission.check_within(&open(service, key), Duration::ZERO);
+        within.is_ok()
+    }
+
+    #[test]
+    fn where_the_host_gives_a_key_only_its_hellos_are_served() {
+        let admission = Admission::default();
+        // Not known yet, or a host that gives none.
+        assert!(admits(&admission, "tcp:22", None) && admits(&admission, "tcp:22", Some(1)));
+        admission.given(Some(HostKey::new([1; KEY_LEN])));
+        assert!(admits(&admission, "tcp:22", Some(1)) && admits(&admission, "ping", Some(1)));
+        for key in [None, Some(2)] {
+            assert!(!admits(&admission, "tcp:22", key) && !admits(&admission, "ping", key));
+        }
+        // Without its stream there is no key, and what needs one is not served.
+        admission.ended();
+        for key in [None, Some(1), Some(2)] {
+            assert!(!admits(&admission, "tcp:22", key) && admits(&admission, "ping", key));
+        }
+        // Another key, and another host.
+        admission.given(Some(HostKey::new([2; KEY_LEN])));
+        assert!(admits(&admission, "tcp:22", Some(2)) && !admits(&admission, "tcp:22", Some(1)));
+        admission.given(None);
+        assert!(admits(&admission, "tcp:22", None));
+    }
+
+    #[test]
+    fn a_guest_that_requires_a_key_serves_nobody_before_it_has_one() {
+        let admission = Admission::default();
+        admission.require(true);
+        for key in [None, Some(1)] {
+            assert!(!admits(&admission, "tcp:22", key) && admits(&admission, "ping", key));
+        }
+        // Also with a host that gives none.
+        admission.given(None);
+        assert!(!admits(&admission, "tcp:22", None));
+        admission.given(Some(HostKey::new([1; KEY_LEN])));
+        assert!(admits(&admission, "tcp:22", Some(1)));
+    }
+
+    #[test]
+    fn a_hello_that_overtakes_its_key_waits_for_it() {
+        let admission = Admission::default();
+        admission.require(true);
+        std::thread::scope(|scope| {
+            let early = scope.spawn(|| admission.check_within(&open("tcp:22", Some(1)), WAIT * 60));
+            admission.given(Some(HostKey::new([1; KEY_LEN])));
+            assert_eq!(early.join().unwrap(), Ok(()));
+        });
+    }
+}

@@ -1,0 +1,464 @@
+//! The doorkeeper: one thread that waits for dials, for guests that dial, and for changes of the directory of the VMM's socket.
+//!
+//! | found at the VMM's path | said |
+//! |---|---|
+//! | a socket of root, of this process' user or of the directory's owner | it is there |
+//! | a socket of somebody else, a link, another file | why it is not used (R127) |
+//! | nothing, or nobody listens | why, and the directory is watched |
+//!
+//! A directory that others may write in is not used at all: whoever can write there can plant a socket. What was checked is
+//! what is connected to: the descriptor, not the path. Sockets for the guest's dials belong to the VMM's user, and only that user,
+//! root and this process' own may connect to them: who the guest is, the path says and nothing else.
+//!
+//! A VMM makes its socket, and listens on it a moment later, which nobody is told. So a dial that is refused soon after a change
+//! of the directory is no reason to give up: the socket counts as there again after a while, [`AGAIN_MAX`] times at most.
+
+use std::fs::{self, File, Metadata, OpenOptions, Permissions};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use adit_channel::foreign::connect;
+use adit_channel::socket_path;
+use adit_print::with_causes;
+use clap::Parser;
+use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    ControlMessage, MsgFlags, UnixAddr, getsockopt, recv, send, sendmsg, sockopt::PeerCredentials,
+};
+use nix::unistd::geteuid;
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+
+use super::{DIALED, FAILED, OFFERED, STATE_BAD, STATE_GOOD, TEXT_MAX, dial_of, is_pause};
+
+/// First argument of a process that is a doorkeeper.
+pub const COMMAND: &str = "door";
+/// How often the socket counts as there again after a refused dial or a path in use, without a change of the directory.
+pub const AGAIN_MAX: u32 = 6;
+/// The first time that it takes. Each is twice the one before.
+const AGAIN_FIRST: Duration = Duration::from_millis(25);
+
+/// The directory is looked at again when one of these happens in it.
+const CHANGES: WatchFlags = WatchFlags::CREATE
+    .union(WatchFlags::DELETE)
+    .union(WatchFlags::MOVED_FROM)
+    .union(WatchFlags::MOVED_TO)
+    .union(WatchFlags::ATTRIB)
+    .union(WatchFlags::DELETE_SELF)
+    .union(WatchFlags::MOVE_SELF);
+
+/// Opens the sockets between a port process and its VMM. Only a port process starts it.
+#[derive(Debug, Parser)]
+#[command(name = "adit-port door")]
+pub struct Args {
+    /// The VMM's socket.
+    #[arg(long)]
+    socket: PathBuf,
+    /// Host port that the guest may dial; repeat for more.
+    #[arg(long = "serve-port", value_name = "PORT")]
+    serve_ports: Vec<u32>,
+}
+
+impl Args {
+    /// Reads the command line of a doorkeeper.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn of_this_process() -> io::Result<Self> {
+        // In the list of processes it would have the name of the link by which it was started.
+        let _ = nix::sys::prctl::set_name(c"adit-door");
+        Self::try_parse_from(std::env::args_os().skip(1)).map_err(io::Error::other)
+    }
+}
+
+/// Where the guest's dials to one port arrive.
+struct Served {
+    port: u32,
+    path: PathBuf,
+    /// The listener, and the device and inode of its socket.
+    listener: Option<(UnixListener, (u64, u64))>,
+}
+
+/// Who may connect to the sockets for the guest's dials, besides root and this process' user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Owner {
+    uid: u32,
+    gid: u32,
+}
+
+struct Keeper {
+    path: PathBuf,
+    dir: PathBuf,
+    served: Vec<Served>,
+    control: OwnedFd,
+    inotify: OwnedFd,
+    /// The directory that is watched.
+    watch: Option<i32>,
+    said: Option<Result<(), String>>,
+    /// The last dial was refused.
+    refused: bool,
+    /// How often it was looked at again, and when that is next.
+    looked: u32,
+    again_at: Option<Instant>,
+    owner: Option<Owner>,
+}
+
+/// Serves until the port process ends. `control` is its end of the door.
+///
+/// # Errors
+/// The kernel refuses to wait, or the path has no directory.
+pub fn run(args: Args, control: OwnedFd) -> io::Result<()> {
+    // What is made here is the VMM's and nobody else's, from the first moment on.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let dir = args.socket.parent().map(Path::to_owned);
+    let dir = dir.ok_or_else(|| io::Error::other("the VMM's socket has no directory"))?;
+    let served = args.serve_ports.iter().map(|&port| {
+        let mut path = args.socket.clone().into_os_string();
+        path.push(format!("_{port}"));
+        Served {
+            port,
+            path: path.into(),
+            listener: None,
+        }
+    });
+    let mut keeper = Keeper {
+        served: served.collect(),
+        path: args.socket,
+        dir,
+        control,
+        inotify: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?,
+        watch: None,
+        said: None,
+        refused: false,
+        looked: 0,
+        again_at: None,
+        owner: None,
+    };
+    keeper.look()?;
+    while keeper.turn()? {}
+    Ok(())
+}
+
+impl Keeper {
+    /// Waits once. Returns false when the port process has ended.
+    fn turn(&mut self) -> io::Result<bool> {
+        let limit = self.again_at.map(|at| {
+            let left = at.saturating_duration_since(Instant::now());
+            // Rounded up, so that the time has come when it ends.
+            u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)
+        });
+        let mut fds = vec![
+            PollFd::new(self.control.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
+        ];
+        let listeners = self.served.iter().map(|s| s.listener.as_ref());
+        let listening: Vec<_> = listeners
+            .enumerate()
+            .filter_map(|(i, l)| Some((i, l?)))
+            .collect();
+        for (_, (listener, _)) in &listening {
+            fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+        }
+        match poll(&mut fds, limit.map_or(PollTimeout::NONE, PollTimeout::from)) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(true),
+            Err(e) => return Err(e.into()),
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let dialled: Vec<_> = listening
+            .iter()
+            .zip(&ready[2..])
+            .filter_map(|((i, _), ready)| ready.then_some(*i))
+            .collect();
+        if ready[1] {
+            self.drain_events();
+            (self.looked, self.refused) = (0, false);
+            self.look()?;
+        } else if self.again_at.is_some_and(|at| at <= Instant::now()) {
+            self.again_at = None;
+            self.refused = false;
+            self.look()?;
+        }
+        for index in dialled {
+            self.accept(index)?;
+        }
+        if ready[0] {
+            return self.dials();
+        }
+        Ok(true)
+    }
+
+    fn drain_events(&self) {
+        let mut events = [0; 4096];
+        while rustix::io::read(&self.inotify, &mut events).is_ok_and(|n| n > 0) {}
+    }
+
+    // ---- the directory
+
+    /// Looks at the directory and everything in it, and says what was found if that is news.
+    fn look(&mut self) -> io::Result<()> {
+        // Watched first: what changes while it is looked at is looked at again.
+        self.watch_dir();
+        let found = self.check().and_then(|(_, owner)| {
+            self.owner = Some(owner);
+            if let Err(why) = self.listen(owner) {
+                self.look_again();
+                return Err(why);
+            }
+            match self.refused {
+                true => Err(format!("nothing listens at {}", self.path.display())),
+                false => Ok(()),
+            }
+        });
+        self.say_state(found)
+    }
+
+    /// Watches the directory, or the closest one above it that there is.
+    fn watch_dir(&mut self) {
+        let watched = self
+            .dir
+            .ancestors()
+            .find_map(|dir| inotify::add_watch(&self.inotify, dir, CHANGES).ok());
+        // The same directory has the same number.
+        if watched != self.watch
+            && let Some(old) = std::mem::replace(&mut self.watch, watched)
+        {
+            // It is gone already where its directory was removed.
+            let _ = inotify::remove_watch(&self.inotify, old);
+        }
+    }
+
+    /// The directory's owner.
+    fn dir_owner(&self) -> Result<Owner, String> {
+        let shown = self.dir.display();
+        let dir = fs::metadata(&self.dir).map_err(|e| format!("cannot look at {shown}: {e}"))?;
+        if !dir.is_dir() {
+            return Err(format!("{shown} is no directory"));
+        }
+        if dir.mode() & 0o002 != 0 {
+            return Err(format!(
+                "{shown} may be written by everybody, who could plant a socket there: `chmod o-w` it"
+            ));
+        }
+        Ok(owner_of(&dir))
+    }
+
+    /// Finds the VMM's socket. The descriptor names it, whatever is at its path later.
+    fn check(&self) -> Result<(File, Owner), String> {
+        let dir = self.dir_owner()?;
+        let shown = self.path.display();
+        let socket = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+            .open(&self.path);
+        let socket = match socket {
+            Ok(socket) => socket,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(format!("the VMM has not made {shown} yet"));
+            }
+            Err(e) => return Err(format!("cannot look at {shown}: {e}")),
+        };
+        let found = socket
+            .metadata()
+            .map_err(|e| format!("cannot look at {shown}: {e}"))?;
+        if !found.file_type().is_socket() {
+            return Err(format!("{shown} is not a socket"));
+        }
+        let owner = owner_of(&found);
+        if ![0, geteuid().as_raw(), dir.uid].contains(&owner.uid) {
+            return Err(format!(
+                "{shown} belongs to user {}, and its directory to user {}: somebody else may have put it there",
+                owner.uid, dir.uid
+            ));
+        }
+        Ok((socket, owner))
+    }
+
+    /// Listens for the guest's dials, once the VMM's socket is there.
+    fn listen(&mut self, owner: Owner) -> Result<(), String> {
+        let mut removed = false;
+        for served in &mut self.served {
+            let place = fs::symlink_metadata(&served.path).ok();
+            let at = place.as_ref().map(|m| (m.dev(), m.ino()));
+            let is_there = served.listener.as_ref().is_some_and(|l| Some(l.1) == at);
+            if !is_there {
+                if served.listener.take().is_some() && place.is_none() {
+                    // Perhaps the whole directory is being removed, and a new socket would be in the way.
+                    removed = true;
+                    continue;
+                }
+                let listener = socket_path::listen(&served.path).map_err(|e| with_causes(&e))?;
+                let made = listener
+                    .set_nonblocking(true)
+                    .and_then(|()| fs::symlink_metadata(&served.path));
+                let made = made.map_err(|e| e.to_string())?;
+                served.listener = Some((listener, (made.dev(), made.ino())));
+            }
+            let failed = |e: io::Error| format!("cannot prepare {}: {e}", served.path.display());
+            let now = fs::symlink_metadata(&served.path).map_err(failed)?;
+            if owner_of(&now) != owner && geteuid().is_root() {
+                lchown(&served.path, Some(owner.uid), Some(owner.gid)).map_err(failed)?;
+            }
+            if now.mode() & 0o777 != 0o600 {
+                fs::set_permissions(&served.path, Permissions::from_mode(0o600)).map_err(failed)?;
+            }
+        }
+        if removed {
+            self.look_again();
+        }
+        Ok(())
+    }
+
+    /// Looks again after a while, unless it has done so too often.
+    fn look_again(&mut self) {
+        if self.again_at.is_none() && self.looked < AGAIN_MAX {
+            self.again_at = Some(Instant::now() + AGAIN_FIRST * (1 << self.looked));
+            self.looked += 1;
+        }
+    }
+
+    // ---- streams
+
+    /// Serves the dials that wait. Returns false when the port process has ended.
+    fn dials(&mut self) -> io::Result<bool> {
+        loop {
+            let mut bytes = [0; 8];
+            let flags = MsgFlags::MSG_DONTWAIT;
+            match recv(self.control.as_raw_fd(), &mut bytes, flags) {
+                Ok(8) => {}
+                Ok(_) => return Ok(false),
+                Err(Errno::EAGAIN) => return Ok(true),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::ECONNRESET) => return Ok(false),
+                Err(e) => return Err(e.into()),
+            }
+            let (ticket, port) = dial_of(bytes);
+            let socket = match self.dial(port) {
+                Ok(socket) => socket,
+                Err(why) => {
+                    tracing::debug!(why, port, "dial failed");
+                    self.say(FAILED, ticket, None)?;
+                    continue;
+                }
+            };
+            self.say(DIALED, ticket, Some(socket.as_fd()))?;
+        }
+    }
+
+    fn dial(&mut self, port: u32) -> Result<UnixStream, String> {
+        let (checked, _) = self.check()?;
+        // The socket that was checked, and no other that came to its path since.
+        let by_fd = PathBuf::from(format!("/proc/self/fd/{}", checked.as_raw_fd()));
+        let socket = match socket_path::connect_now(&by_fd) {
+            Ok(socket) => socket,
+            Err(e) => {
+                if e.kind() == io::ErrorKind::ConnectionRefused {
+                    self.refused = true;
+                    self.look_again();
+                    self.look().map_err(|e| e.to_string())?;
+                }
+                // A full backlog is one of these: only this stream fails (R119).
+                return Err(format!("cannot connect to {}: {e}", self.path.display()));
+            }
+        };
+        (self.looked, self.again_at) = (0, None);
+        // Whole, and before anybody else has the socket: a Cloud Hypervisor that finds the end of a stream before the end of
+        // this line ends the VM. An empty socket has room for it.
+        let line = connect::request(port);
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match send(socket.as_raw_fd(), line.as_bytes(), flags) {
+            Ok(n) if n == line.len() => Ok(socket),
+            Ok(_) => Err("the VMM's socket has no room for a line".into()),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+
+    fn accept(&mut self, index: usize) -> io::Result<()> {
+        loop {
+            let Some(served) = self.served.get(index) else {
+                return Ok(());
+            };
+            let Some((listener, _)) = &served.listener else {
+                return Ok(());
+            };
+            let socket = match listener.accept() {
+                Ok((socket, _)) => socket,
+                Err(e) => {
+                    let pause = e
+                        .raw_os_error()
+                        .is_some_and(|e| is_pause(Errno::from_raw(e)));
+                    if !pause {
+                        tracing::warn!(error = %e, "cannot accept what the guest dials");
+                        // It stays readable: not so soon again.
+                        std::thread::sleep(AGAIN_FIRST);
+                    }
+                    return Ok(());
+                }
+            };
+            let peer = getsockopt(&socket, PeerCredentials).map(|peer| peer.uid());
+            let own = [0, geteuid().as_raw(), self.owner.map_or(0, |o| o.uid)];
+            if !peer.is_ok_and(|uid| own.contains(&uid)) {
+                tracing::warn!(?peer, path = %served.path.display(), "a process of a user who is not the VMM's was refused");
+                continue;
+            }
+            let port = served.port;
+            if socket.set_nonblocking(true).is_ok() {
+                self.say(OFFERED, port, Some(socket.as_fd()))?;
+            }
+        }
+    }
+
+    // ---- the port process
+
+    fn say_state(&mut self, state: Result<(), String>) -> io::Result<()> {
+        if self.said.as_ref() == Some(&state) {
+            return Ok(());
+        }
+        let mut bytes = vec![match &state {
+            Ok(()) => STATE_GOOD,
+            Err(_) => STATE_BAD,
+        }];
+        match &state {
+            Ok(()) => tracing::info!("the VMM's socket is there"),
+            Err(why) => tracing::info!(why, "the VMM's socket is not used"),
+        }
+        if let Err(why) = &state {
+            let text: String = why.chars().take(TEXT_MAX / 4).collect();
+            bytes.extend(text.as_bytes());
+        }
+        self.said = Some(state);
+        self.send(&bytes, None)
+    }
+
+    fn say(&self, kind: u8, number: u32, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut bytes = [kind; 5];
+        bytes[1..].copy_from_slice(&number.to_le_bytes());
+        self.send(&bytes, fd)
+    }
+
+    /// Waits for room: then the port process has enough to do.
+    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let fds = fd.map(|fd| [fd.as_raw_fd()]);
+        let rights = fds.as_ref().map(|fds| [ControlMessage::ScmRights(fds)]);
+        let rights = rights.as_ref().map_or(&[][..], |r| &r[..]);
+        loop {
+            let iov = [IoSlice::new(bytes)];
+            let to = self.control.as_raw_fd();
+            match sendmsg::<UnixAddr>(to, &iov, rights, MsgFlags::MSG_NOSIGNAL, None) {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+fn owner_of(of: &Metadata) -> Owner {
+    let (uid, gid) = (of.uid(), of.gid());
+    Owner { uid, gid }
+}

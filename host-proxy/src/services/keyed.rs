@@ -1,0 +1,70 @@
+//! Guests whose VMM has a socket for each stream: which of the streams that such a guest dials is its agent's, and the key that the
+//! agent gets.
+//!
+//! ```text
+//! guest: hello {tasks, boot nonce N} ──► PATH_741 ──► aditd
+//! aditd: hello {ping} ──► the guest's port 741, which only a privileged process listens on ──► accept {boot nonce M}
+//!        N = M: the stream is the agent's, and gets a key; else it is anybody's
+//! ```
+//! The nonce is random for each start of the agent, and the agent says it to the host only.
+
+use std::time::Duration;
+
+use adit_channel::hello::{Extensions, KEY_LEN, Open};
+use adit_port::control::Target;
+
+use super::Class;
+use crate::link::{ClientEnd, Question};
+use crate::vm::VmEntry;
+
+/// A service that every agent has, and that reaches nothing.
+const PING: &str = "ping";
+/// How long the agent may take to answer.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Whose stream it is that begins with this hello.
+pub(super) async fn class(vm: &VmEntry, open: &Open) -> Class {
+    match agent_nonce(vm).await {
+        Ok(nonce) if nonce == open.common.boot_nonce => Class::Agent,
+        Ok(_) => Class::Anyone,
+        Err(why) => {
+            tracing::warn!(vm = %vm.name, why, "it is not known whose stream the guest has dialled");
+            Class::Anyone
+        }
+    }
+}
+
+/// The boot nonce of whoever listens on the agent's port.
+async fn agent_nonce(vm: &VmEntry) -> Result<[u8; 16], String> {
+    let link = vm.channel.link().ok_or("the port process has gone")?;
+    let service = PING.parse().map_err(|_| "`ping` is no name")?;
+    let question = Question {
+        to: Target::Service(service),
+        extensions: Extensions::default(),
+        deadline: LIMIT,
+        tag: None,
+        note: None,
+        limits: vec![],
+    };
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(|e| e.to_string())?;
+    let opened = link.opened(question, ClientEnd::Relayed(theirs.into()));
+    let nonce = opened.await.map_err(|e| e.reason().text.clone())?;
+    // Ends the stream.
+    drop(ours);
+    Ok(nonce)
+}
+
+/// Draws a key for the VM's agent, and has its port process use it. None: it cannot.
+pub(crate) async fn new_key(vm: &VmEntry) -> Option<[u8; KEY_LEN]> {
+    let mut key = [0; KEY_LEN];
+    getrandom::fill(&mut key).ok()?;
+    let link = vm.channel.link()?;
+    link.set_key(Some(key)).await.then_some(key)
+}
+
+/// The VM's agent knows no keys: it serves whoever dials it.
+pub(crate) async fn no_key(vm: &VmEntry) {
+    if let Some(link) = vm.channel.link() {
+        link.set_key(None).await;
+    }
+}

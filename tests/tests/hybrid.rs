@@ -1,0 +1,233 @@
+//! aditd with the real port process, and a VMM that has a socket for each stream (scripted), with the agent's real server behind it.
+//!
+//! These tests need the binaries that `cargo xtask test` builds. Without them they print that and pass.
+#![allow(missing_docs)]
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use adit_channel::hello::{Common, Hello, HostKey, Open};
+use adit_channel::refusal::Code;
+use adit_tests::host::Host;
+use adit_tests::hybrid::{Kind, Vmm};
+use adit_tests::process::wait_for;
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn bins() -> Option<PathBuf> {
+    let bins = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from);
+    if bins.is_none() {
+        println!(
+            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
+        );
+    }
+    bins
+}
+
+/// A server of the guest that sends back what it gets, and ends when its client has ended. Returns its port.
+fn echo() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let (mut from, mut to) = (&client, &client);
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = client.shutdown(Shutdown::Write);
+            });
+        }
+    });
+    port
+}
+
+struct World {
+    host: Host,
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+impl World {
+    fn new(bins: &std::path::Path, kind: Kind) -> Self {
+        let (dir, port) = (tempfile::tempdir().unwrap(), echo());
+        let half_closes = kind == Kind::Keeps;
+        let config = format!(
+            "[proxy]\nlisten = \"127.0.0.1:0\"\n[[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n\
+             [[vm]]\nname = \"a\"\ncid = 3\nallow = [{port}]\nallow_vsock = [5]\n\
+             carrier = {{ hybrid = \"{}\", half_closes = {half_closes} }}\n",
+            dir.path().join("v.sock").display()
+        );
+        let host = Host::start_configured(bins, &config).unwrap();
+        Self { host, dir, port }
+    }
+
+    fn vmm(&self, kind: Kind) -> Vmm {
+        Vmm::start(&self.dir.path().join("v.sock"), kind, &[self.port]).unwrap()
+    }
+
+    fn agent(&self, vmm: &Vmm) -> std::os::unix::net::UnixStream {
+        let stream = wait_for("the agent's stream", SOON, || Ok(vmm.agent_stream().ok()));
+        stream.unwrap_or_else(|e| panic!("{e:#}\n{}\n{}", self.host.log(), self.host.port_log("a")))
+    }
+
+    fn tunnel(&self) -> TcpStream {
+        let tunnel = wait_for("a tunnel", SOON, || {
+            Ok(connect(self.host.proxy(), self.port).ok())
+        });
+        tunnel.unwrap_or_else(|e| {
+            panic!(
+                "{e:#} {:?}\n{}\n{}",
+                connect(self.host.proxy(), self.port),
+                self.host.log(),
+                self.host.port_log("a")
+            )
+        })
+    }
+
+    fn show(&self) -> serde_json::Value {
+        let run = self.host.vm_dir("a");
+        let socket = run.ancestors().nth(2).unwrap().join("aditd.sock");
+        let mut api = std::os::unix::net::UnixStream::connect(socket).unwrap();
+        api.write_all(b"GET /v1/vms/a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        api.read_to_string(&mut answer).unwrap();
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        serde_json::from_str(body).unwrap()
+    }
+
+    fn port_pid(&self) -> Option<u64> {
+        self.show()["port_pid"].as_u64()
+    }
+}
+
+/// A CONNECT through the proxy; what was answered, if it is refused.
+fn connect(proxy: SocketAddr, port: u16) -> Result<TcpStream, String> {
+    let ask = || -> std::io::Result<(TcpStream, Vec<u8>)> {
+        let mut client = TcpStream::connect(proxy)?;
+        client.set_read_timeout(Some(SOON))?;
+        client.write_all(format!("CONNECT a:{port} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes())?;
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            client.read_exact(&mut byte)?;
+            head.push(byte[0]);
+        }
+        Ok((client, head))
+    };
+    let (client, head) = ask().map_err(|e| e.to_string())?;
+    match head.starts_with(b"HTTP/1.1 200 ") {
+        true => Ok(client),
+        false => Err(String::from_utf8_lossy(&head).into_owned()),
+    }
+}
+
+fn goes_on(mut tunnel: &TcpStream) {
+    tunnel.write_all(b"there and back").unwrap();
+    let mut back = [0; 14];
+    tunnel.read_exact(&mut back).unwrap();
+    assert_eq!(&back, b"there and back");
+}
+
+#[test]
+fn a_vm_with_a_socket_for_each_stream_is_served_as_it_is() {
+    let Some(bins) = bins() else { return };
+    for kind in [Kind::Closes, Kind::Keeps] {
+        let world = World::new(&bins, kind);
+        let shown = wait_for("the port process", SOON, || {
+            let shown = world.show();
+            let fault = shown["fault"].as_str().unwrap_or_default();
+            Ok(fault.contains("has not made").then_some(shown))
+        });
+        let path = world.dir.path().join("v.sock").display().to_string();
+        assert_eq!(shown.unwrap()["carrier"]["hybrid"], path.as_str());
+        let vmm = world.vmm(kind);
+        let _agent = world.agent(&vmm);
+        let mut tunnel = world.tunnel();
+        goes_on(&tunnel);
+        let big: Vec<u8> = (0..1_000_000u32).map(|i| (i % 251) as u8).collect();
+        let (mut sender, sent) = (tunnel.try_clone().unwrap(), big.clone());
+        let sending = std::thread::spawn(move || sender.write_all(&sent).unwrap());
+        let mut back = vec![0; big.len()];
+        tunnel.read_exact(&mut back).unwrap();
+        assert!(back == big);
+        sending.join().unwrap();
+        // Where the VMM keeps half-closes, the guest's server sees the client's.
+        if kind == Kind::Keeps {
+            tunnel.write_all(b"last").unwrap();
+            tunnel.shutdown(Shutdown::Write).unwrap();
+            let mut rest = Vec::new();
+            tunnel.read_to_end(&mut rest).unwrap();
+            assert_eq!(rest, b"last");
+        }
+    }
+}
+
+#[test]
+fn tunnels_outlive_aditd_and_a_killed_port_process_is_back() {
+    let Some(bins) = bins() else { return };
+    let mut world = World::new(&bins, Kind::Closes);
+    let vmm = world.vmm(Kind::Closes);
+    let agent = world.agent(&vmm);
+    let tunnel = world.tunnel();
+    world.host.kill();
+    goes_on(&tunnel);
+    drop(agent);
+    vmm.identity.admission.ended();
+    world.host.launch().unwrap();
+    let _agent = world.agent(&vmm);
+    goes_on(&world.tunnel());
+    goes_on(&tunnel);
+    let pid = world.port_pid().unwrap();
+    let raw = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(raw, nix::sys::signal::Signal::SIGKILL).unwrap();
+    vmm.identity.admission.ended();
+    wait_for("another port process", SOON, || {
+        Ok(world.port_pid().filter(|new| *new != pid))
+    })
+    .unwrap();
+    let _agent = world.agent(&vmm);
+    goes_on(&world.tunnel());
+}
+
+#[test]
+fn whoever_else_may_open_the_vmms_socket_is_refused_by_the_agent() {
+    let Some(bins) = bins() else { return };
+    let world = World::new(&bins, Kind::Closes);
+    let vmm = world.vmm(Kind::Closes);
+    vmm.identity.admission.require(true);
+    let open = |service: &str, key: Option<[u8; 32]>| {
+        let mut open = Open::new(service.parse().unwrap(), Common::default());
+        open.mac = key.map(|key| HostKey::new(key).mac(&open));
+        open
+    };
+    let port = format!("tcp:{}", world.port);
+    let refused = |key| match vmm.dial_as_stranger(open(&port, key)).unwrap() {
+        // It learns nothing of the guest, either: by the nonce it could pass for the agent.
+        Hello::Refuse(refuse) => {
+            refuse.refusal.code() == Code::Denied && refuse.common.boot_nonce == [0; 16]
+        }
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(None) && refused(Some([1; 32])));
+    let _agent = world.agent(&vmm);
+    goes_on(&world.tunnel());
+    assert!(refused(None) && refused(Some([1; 32])));
+    let ping = vmm.dial_as_stranger(open("ping", None)).unwrap();
+    assert!(matches!(ping, Hello::Refuse(_)), "{ping:?}");
+    goes_on(&world.tunnel());
+}
+
+#[test]
+fn r59_a_process_of_the_guest_that_is_not_its_agent_gets_no_key() {
+    let Some(bins) = bins() else { return };
+    let world = World::new(&bins, Kind::Closes);
+    let vmm = world.vmm(Kind::Closes);
+    let agent = world.agent(&vmm);
+    let said = vmm.claim_agent([7; 16]).map(drop).unwrap_err();
+    assert!(format!("{said:#}").contains("Refuse"), "{said:#}");
+    // The agent's own stream and key are what they were.
+    goes_on(&world.tunnel());
+    drop(agent);
+}
