@@ -35,7 +35,7 @@ pub struct Agent {
     pub streams: Arc<Semaphore>,
     /// [`OTHER_STREAMS_MAX`].
     pub other_streams: Arc<Semaphore>,
-    /// [`UNKNOWN_STREAMS_MAX`].
+    /// `UNKNOWN_STREAMS_MAX`.
     pub unknown_streams: Arc<Semaphore>,
     vm: VmId,
     /// Since when, and how many.
