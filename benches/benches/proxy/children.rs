@@ -133,6 +133,7 @@ pub fn agent(socket: &Path, ports: Vec<u16>) -> anyhow::Result<()> {
     let identity = Arc::new(Identity {
         boot_nonce: [5; 16],
         epoch: AtomicU64::new(0),
+        admission: Default::default(),
     });
     let server = Server::new(ports, blob::store("/nowhere".as_ref()), None, identity);
     server.run_on_ring(ring.listen()?);
