@@ -237,7 +237,6 @@ impl Client {
         Ok(())
     }
 
-    /// Learns from the host which id this guest has. Before that nothing runs: it may be a copy of another guest's disk.
     /// Takes the key of the host's dials, if this host gives one.
     fn take_key(&mut self, conn: &Conn) -> io::Result<()> {
         let mut key = None;
@@ -253,6 +252,7 @@ impl Client {
         Ok(())
     }
 
+    /// Learns from the host which id this guest has. Before that nothing runs: it may be a copy of another guest's disk.
     fn identify(&mut self, conn: &Conn) -> io::Result<()> {
         let Some(identity) = self.live.identity() else {
             return Ok(());

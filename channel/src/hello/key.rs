@@ -11,8 +11,8 @@
 //!
 //! The agent gets a new key on every stream that it has dialled, and forgets it when that stream ends.
 
-use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
 
 use super::Open;
 
@@ -21,6 +21,7 @@ pub const KEY_LEN: usize = 32;
 /// Bytes of a MAC.
 pub const MAC_LEN: usize = 32;
 
+/// A key with zeroes behind it is the same key (RFC 2104).
 const BLOCK_LEN: usize = 64;
 const WHAT: &[u8] = b"adit hello mac 1";
 
@@ -47,14 +48,13 @@ impl HostKey {
 
     /// The MAC of a hello.
     pub fn mac(&self, open: &Open) -> [u8; MAC_LEN] {
-        hmac(&self.0, &covered(open))
+        hmac(&self.0, &covered(open)).finalize().into_bytes().into()
     }
 
     /// Whether a hello has the MAC of this key. It takes as long for a wrong one.
     pub fn made(&self, open: &Open) -> bool {
-        let mac = open.mac.unwrap_or_default();
-        let is_same: bool = self.mac(open).ct_eq(&mac).into();
-        is_same && open.mac.is_some()
+        let mac = open.mac.as_ref();
+        mac.is_some_and(|mac| hmac(&self.0, &covered(open)).verify_slice(mac).is_ok())
     }
 }
 
@@ -81,14 +81,11 @@ fn covered(open: &Open) -> Vec<u8> {
     all
 }
 
-/// HMAC-SHA256 (RFC 2104) with a key that is no longer than a block.
-fn hmac(key: &[u8], text: &[u8]) -> [u8; MAC_LEN] {
-    let mut padded = [0; BLOCK_LEN];
-    padded[..key.len()].copy_from_slice(key);
-    let pad = |with: u8| padded.map(|byte| byte ^ with);
-    let inner = Sha256::new_with_prefix(pad(0x36)).chain_update(text);
-    let outer = Sha256::new_with_prefix(pad(0x5c)).chain_update(inner.finalize());
-    outer.finalize().into()
+/// HMAC-SHA256 with a key that is no longer than a block.
+fn hmac(key: &[u8], text: &[u8]) -> Hmac<Sha256> {
+    let mut block = [0; BLOCK_LEN];
+    block[..key.len()].copy_from_slice(key);
+    Hmac::new((&block).into()).chain_update(text)
 }
 
 #[cfg(test)]
@@ -123,7 +120,7 @@ mod tests {
                 "773ea91e36800e46854db8ebd09181a72959098b3ef8c122d9635514ced565fe",
             ),
         ] {
-            assert_eq!(hmac(&key, &text).to_vec(), hex(mac));
+            assert_eq!(hmac(&key, &text).finalize().into_bytes().to_vec(), hex(mac));
         }
     }
 
