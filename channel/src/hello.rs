@@ -34,10 +34,12 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::refusal::Refusal;
 use tlv::Tlvs;
 
+#[cfg(feature = "key")]
 mod key;
 mod tlv;
 
-pub use key::{HostKey, KEY_LEN, MAC_LEN};
+#[cfg(feature = "key")]
+pub use key::{HostKey, KEY_LEN};
 pub use tlv::{ARGUMENTS_MAX, CALLER_MAX, Extensions, Opaque, TRACE_MAX, TooLong};
 
 /// The well-known port of both sides.
@@ -50,6 +52,8 @@ pub const PREFIX_LEN: usize = 64;
 pub const TAIL_MAX: usize = 1024;
 /// Maximum length of the explanation in a refusal, in bytes.
 pub const TEXT_MAX: usize = 512;
+/// Bytes of a MAC.
+pub const MAC_LEN: usize = 32;
 
 const MAGIC: [u8; 8] = *b"ADIT\r\n\x1a\n";
 const FORMAT: u8 = 1;

@@ -221,8 +221,10 @@ fn allow(calls: &[libc::c_long]) {
 /// Runs a test of this file again in a separate process, which may be killed.
 fn in_a_child(test: &str) {
     let status = Command::new(std::env::current_exe().expect("this test"))
-        .args(["--exact", test])
+        .args(["--exact", test, "--nocapture"])
         .env(CHILD, "1")
+        // It would look like one more file of tests.
+        .stdout(std::process::Stdio::null())
         .status()
         .expect("this test");
     assert!(

@@ -14,12 +14,10 @@
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-use super::Open;
+use super::{MAC_LEN, Open};
 
 /// Bytes of a key.
 pub const KEY_LEN: usize = 32;
-/// Bytes of a MAC.
-pub const MAC_LEN: usize = 32;
 
 /// A key with zeroes behind it is the same key (RFC 2104).
 const BLOCK_LEN: usize = 64;
