@@ -21,6 +21,8 @@ PAGE = """<!doctype html><title>web-1</title><p id="said">nothing</p><img src="/
   });
   await new Promise(open => socket.onopen = open);
   socket.send("ping");
+  // It has this from the proxy, too.
+  await fetch("http://elsewhere.example/", {mode: "no-cors"}).catch(() => {});
   return `${new Set(counted).size} ${counted[0]} ${await heard}`;
 })().catch(String).then(said => {
   document.getElementById("said").textContent = said;
