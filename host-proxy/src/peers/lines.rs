@@ -38,10 +38,10 @@ use super::line::{NoLine, thread};
 use super::{Host, tls};
 use crate::front::pump;
 use crate::front::read_ahead::ReadAhead;
-use crate::proxy::http2::STREAMS_MAX;
 use crate::proxy::http2::answer::{give, size};
 use crate::proxy::http2::calm::Calm;
 use crate::proxy::http2::meter::{Meter, Metered};
+use crate::proxy::http2::{STREAMS_MAX, Sizes};
 use crate::state::State;
 
 /// Connections to one host.
@@ -55,10 +55,6 @@ const DOUBT_AFTER: Duration = Duration::from_millis(500);
 const PONG_LIMIT: Duration = Duration::from_millis(500);
 /// How long what was sent may stay unacknowledged until the kernel gives the connection up.
 const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(20);
-/// Bytes that may come in a stream before its client has taken some.
-const WINDOW: u32 = 64 << 10;
-/// Bytes that wait in a stream to be sent.
-const SENDING_MAX: usize = 64 << 10;
 /// Bytes of an answer's fields.
 const HEADER_MAX: u32 = 16 << 10;
 
@@ -295,10 +291,11 @@ async fn shake(
         }
         let http = h2::client::Builder::new()
             .enable_push(false)
-            .initial_window_size(WINDOW)
-            .initial_connection_window_size(STREAMS_MAX as u32 * WINDOW)
+            .initial_window_size(Sizes::OF_HOST.window)
+            .initial_connection_window_size(STREAMS_MAX as u32 * Sizes::OF_HOST.window)
+            .max_frame_size(Sizes::OF_HOST.frame)
             .max_header_list_size(HEADER_MAX)
-            .max_send_buffer_size(SENDING_MAX)
+            .max_send_buffer_size(Sizes::OF_HOST.sending)
             .handshake(Metered::new(tls, BytesMut::new(), meter.clone()));
         Ok(http.await?)
     };

@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::WINDOW as STREAM_WINDOW;
+use super::Sizes;
 
 /// Over which time it is judged.
 const WINDOW: Duration = Duration::from_secs(10);
@@ -45,6 +45,8 @@ pub(crate) struct Seen {
 #[derive(Debug)]
 pub(crate) struct Calm {
     given_up_max: u64,
+    /// Bytes that may wait in a stream.
+    window: u32,
     since: Duration,
     before: Seen,
 }
@@ -54,6 +56,7 @@ impl Calm {
     pub(super) fn of_client() -> Self {
         Self {
             given_up_max: GIVEN_UP_MAX,
+            window: Sizes::OF_CLIENT.window,
             since: Duration::ZERO,
             before: Seen::default(),
         }
@@ -63,6 +66,7 @@ impl Calm {
     pub(crate) fn of_host() -> Self {
         Self {
             given_up_max: GIVEN_UP_OF_HOST_MAX,
+            window: Sizes::OF_HOST.window,
             ..Self::of_client()
         }
     }
@@ -81,7 +85,7 @@ impl Calm {
         let wanted = wanted.saturating_add(requests.saturating_mul(OF_A_REQUEST));
         let may = OVERHEAD_MAX.saturating_add(wanted.saturating_mul(OVERHEAD_OF_A_BYTE));
         // Twice, for what is said about it.
-        let waits = 2 * u64::from(STREAM_WINDOW) * u64::try_from(streams).unwrap_or(u64::MAX);
+        let waits = 2 * u64::from(self.window) * u64::try_from(streams).unwrap_or(u64::MAX);
         let may = may.saturating_add(waits);
         if read > may {
             return Some("frames that carry nothing");
@@ -169,7 +173,7 @@ mod tests {
         let now = Duration::ZERO;
         // Each has its window full of bytes that nobody has taken.
         let streams = crate::proxy::http2::STREAMS_MAX;
-        let read = streams as u64 * u64::from(STREAM_WINDOW) + OVERHEAD_MAX;
+        let read = streams as u64 * u64::from(Sizes::OF_HOST.window) + OVERHEAD_MAX;
         assert!(Calm::of_host().look(now, seen(read, 0, 0, 0), 0).is_some());
         assert_eq!(
             Calm::of_host().look(now, seen(read, 0, 0, 0), streams),

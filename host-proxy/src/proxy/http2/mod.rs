@@ -12,7 +12,7 @@
 //!   more tunnels by having them in one connection. A stream beyond that is answered 503.
 //! - A stream that breaks off is reset, towards either side, and an end is an end.
 //! - aditd is in the way of all bytes, so a client's tunnels end with aditd's worker.
-//! - What one stream may keep in memory is bounded: [`WINDOW`] towards the VM, and [`SENDING_MAX`] towards the client. A window
+//! - What one stream may keep in memory is bounded ([`Sizes`]). A window
 //!   is a stream's own: one whose VM takes nothing holds up no other.
 //! - A connection without a stream makes room for others, and ends after [`IDLE_LIMIT`]; the first stream must come within
 //!   [`HEADER_LIMIT`].
@@ -65,10 +65,31 @@ use tunnel::Went;
 
 /// Streams of a connection at the same time.
 pub const STREAMS_MAX: usize = 250;
-/// Bytes that a client may send in a stream before the VM has taken some.
-const WINDOW: u32 = 64 << 10;
-/// Bytes that wait in a stream for its client to take them.
-const SENDING_MAX: usize = 64 << 10;
+/// How much one stream may have under way.
+pub(crate) struct Sizes {
+    /// Bytes that come before some were taken.
+    pub(crate) window: u32,
+    /// Bytes that come in one frame.
+    pub(crate) frame: u32,
+    /// Bytes that wait to be taken by the other side.
+    pub(crate) sending: usize,
+}
+
+impl Sizes {
+    /// With a client.
+    pub(crate) const OF_CLIENT: Self = Self {
+        window: 64 << 10,
+        frame: 16 << 10,
+        sending: 64 << 10,
+    };
+    /// With another host, which has many clients, and bytes for them that go through two more processes.
+    pub(crate) const OF_HOST: Self = Self {
+        window: 256 << 10,
+        frame: 64 << 10,
+        sending: 256 << 10,
+    };
+}
+
 /// Streams that h2 itself resets, and remembers for a while, until it gives the connection up.
 const RESETS_MAX: usize = 256;
 /// How long a connection that is told to end may take to hear it.
@@ -144,12 +165,17 @@ pub(super) async fn connection(
         active: AtomicUsize::new(0),
         idle: Notify::new(),
     });
+    let sizes = match served.party.host() {
+        Some(_) => Sizes::OF_HOST,
+        None => Sizes::OF_CLIENT,
+    };
     let handshake = h2::server::Builder::new()
-        .initial_window_size(WINDOW)
-        .initial_connection_window_size(streams * WINDOW)
+        .initial_window_size(sizes.window)
+        .initial_connection_window_size(streams * sizes.window)
+        .max_frame_size(sizes.frame)
         .max_concurrent_streams(streams)
         .max_header_list_size(HEADER_MAX as u32)
-        .max_send_buffer_size(SENDING_MAX)
+        .max_send_buffer_size(sizes.sending)
         .max_local_error_reset_streams(Some(RESETS_MAX))
         .handshake(metered);
     let mut handshake = pin!(handshake);

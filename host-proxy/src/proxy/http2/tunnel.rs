@@ -26,7 +26,9 @@ use crate::front::pump;
 use crate::front::stream::Stream;
 use crate::passing::Socket;
 
-/// Bytes that are read of a socket at once, or put together of a stream.
+/// Bytes that are read of a socket at once.
+const READ: usize = 64 << 10;
+/// Bytes that are put together of a stream.
 const PIECE: usize = 16 << 10;
 
 /// Where bytes went.
@@ -236,7 +238,7 @@ async fn back(
             readable = socket.readable() => readable?,
             reset = reset(to) => return Err(reset),
         }
-        let mut piece = vec![0; PIECE];
+        let mut piece = vec![0; READ];
         let n = socket.receive(&mut piece).await?;
         if n == 0 {
             // After the end of our own sending it cannot be told.
@@ -247,7 +249,7 @@ async fn back(
         }
         count(Went::IntoStream, n);
         piece.truncate(n);
-        if n < PIECE / 4 {
+        if n < READ / 4 {
             piece.shrink_to_fit();
         }
         let given = give(to, piece.into(), false, gives_up).await;
