@@ -126,9 +126,16 @@ const CHECKS: [Step; 12] = [
         name: "host processes",
         budget_s: 120,
         run: || {
-            ["host", "processes", "ways", "ways_hosts", "grants"]
-                .into_iter()
-                .try_for_each(with_binaries)
+            [
+                "host",
+                "processes",
+                "ways",
+                "ways_hosts",
+                "grants",
+                "hybrid",
+            ]
+            .into_iter()
+            .try_for_each(with_binaries)
         },
     },
     Step {
