@@ -130,6 +130,8 @@ pub trait Carrier {
     fn release_aside(&mut self) {}
     /// Publishes the buffers that were used and not published since `begin`, and notifies the peer if needed.
     fn flush(&mut self);
+    /// Has the next [`flush`](Self::flush) wake the peer, whether it has asked for that or not: what it asked may be lost.
+    fn insist(&mut self) {}
     /// Asks for notifications, then checks for work again.
     fn arm(&mut self, interest: Interest) -> Armed;
     /// The longest time to sleep although no waker becomes readable. For a carrier whose peer cannot signal a
@@ -201,6 +203,10 @@ macro_rules! carried_by {
 
         fn flush(&mut self) {
             self.$field.flush();
+        }
+
+        fn insist(&mut self) {
+            self.$field.insist();
         }
 
         fn arm(&mut self, interest: $crate::carrier::Interest) -> $crate::carrier::Armed {

@@ -77,6 +77,10 @@ impl<A: Carrier, B: Carrier> Carrier for Either<A, B> {
         both!(self, c => c.flush());
     }
 
+    fn insist(&mut self) {
+        both!(self, c => c.insist());
+    }
+
     fn arm(&mut self, interest: Interest) -> Armed {
         both!(self, c => c.arm(interest))
     }

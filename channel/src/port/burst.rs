@@ -2,7 +2,7 @@
 
 use std::io;
 
-use adit_engine::{Disposition, How, Lane, ResetReason, StreamId, Tick, Transmit};
+use adit_engine::{Disposition, How, Lane, Op, ResetReason, StreamId, Tick, Transmit};
 
 use super::entry::{DeliveryError, Fill};
 use super::succession::next_reset;
@@ -360,6 +360,10 @@ impl<C: Carrier> Port<C> {
         {
             let Some((stream, len)) = body else {
                 slot.commit(&header);
+                // Requests are rare, and one that a sleeping peer never hears would be lost with all that follows it.
+                if header.op == Op::Request as u16 {
+                    self.carrier.insist();
+                }
                 return Ok(Sent::Packet(0));
             };
             let entries = &mut self.entries;

@@ -297,6 +297,10 @@ impl Carrier for RingCarrier {
         self.publish();
     }
 
+    fn insist(&mut self) {
+        self.data = Wake::Yes;
+    }
+
     fn arm(&mut self, interest: Interest) -> Armed {
         // A pending session change wakes the shell by its own waker, and the burst after it checks the rings.
         if self.change.is_some() {

@@ -121,6 +121,12 @@ impl Carrier for Dock {
         }
     }
 
+    fn insist(&mut self) {
+        if let Some(ring) = self.known() {
+            ring.insist();
+        }
+    }
+
     fn arm(&mut self, interest: Interest) -> Armed {
         // A replaced ring wakes the shell by the dock's own waker.
         self.known().map_or(Armed::Sleep, |ring| ring.arm(interest))
