@@ -391,3 +391,30 @@ fn r1_a_guest_that_rewrites_everything_ends_only_its_session() {
     stream.read_exact(&mut buf).expect("an answer");
     shared.assert_other_vm_works("rewritten");
 }
+
+/// What a sleeping guest has asked is taken away with the pages of both sides. It hears the next dial all the same.
+#[test]
+fn r13_a_guest_whose_wish_to_be_woken_is_taken_away_hears_the_next_dial() {
+    let region = Region::new();
+    let shared = Shared::spawn(&region);
+    let host = &shared.end;
+    let guest = End::spawn(region.guest());
+    serve(guest.listen(PORT), echo);
+    let mut old = host.dial(PORT);
+    old.write_all(b"on").expect("room");
+    old.read_exact(&mut [0; 2]).expect("an answer");
+    let mem = region.map();
+    let wishes = [0, 1].map(|lane| 2 * 4096 + 128 * (3 + 3 * lane));
+    let until = Instant::now() + LONG;
+    while wishes.iter().any(|&at| mem.load(at) == 0) {
+        assert!(Instant::now() < until, "it does not sleep");
+        std::thread::yield_now();
+    }
+    (4096..3 * 4096).step_by(8).for_each(|at| mem.store(at, 0));
+    let begin = Instant::now();
+    drop(host.dial(PORT));
+    assert!(begin.elapsed() < LONG);
+    old.set_deadline(Some(Instant::now() + LONG));
+    old.read_exact(&mut [0]).expect_err("its session is over");
+    shared.assert_other_vm_works("pages taken away");
+}
