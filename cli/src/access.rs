@@ -14,6 +14,7 @@ const CHECK_EXAMPLE: &str = "\
 Examples:
   adit access check --as user:deploy reach web-1:22
   adit access check --as token:prometheus reach vsock-5000.web-1
+  adit access check --as anyone forward web-1:22     # by a listener that leads there
   adit access check --as group:ops goal web-1
 
 Exit status: 0 it is allowed; 1 it is denied.";
@@ -49,9 +50,9 @@ pub struct Check {
     #[arg(long, value_name = "CALLER")]
     r#as: String,
     /// For what
-    #[arg(value_name = "VERB", value_parser = ["reach", "see", "task", "goal", "manage"])]
+    #[arg(value_name = "VERB", value_parser = ["reach", "forward", "see", "task", "goal", "manage"])]
     verb: String,
-    /// With which VM; of `reach`, also where in it: VM:PORT, or vsock-PORT.VM
+    /// With which VM; of `reach` and `forward`, also where in it: VM:PORT, or vsock-PORT.VM
     #[arg(value_name = "VM[:PORT]", add = completion::vms())]
     vm: String,
 }
@@ -93,7 +94,7 @@ async fn check(check: &Check, client: &Client, format: Format) -> Result<(), Fai
 
 /// The VM, and where in it.
 fn destination<'a>(verb: &str, text: &'a str) -> Result<(&'a str, Option<String>), Failure> {
-    if verb != "reach" {
+    if !["reach", "forward"].contains(&verb) {
         return Ok((text, None));
     }
     if let Some((port, vm)) = text

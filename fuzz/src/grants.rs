@@ -85,7 +85,7 @@ pub fn run(data: &[u8]) {
         let has = |grant: &Grant| {
             grant.to.iter().any(|to| caller.subjects().contains(to))
                 && grant.vms.iter().any(|vms| is_about(vms, name))
-                && grant.may.iter().any(|may: &May| may.covers(verb))
+                && grant.may.iter().any(|may: &May| may.covers(verb, false))
                 && grant.until_ms.is_none_or(|until| NOW_MS < until)
         };
         match all.decide(&caller, verb, vm, NOW_MS) {

@@ -32,6 +32,8 @@ struct Inner {
     /// What tells that host's clients apart. It proves nothing.
     client: String,
     shown: Option<Shown>,
+    /// They came by a listener that leads to one place.
+    is_led: bool,
 }
 
 /// What a caller has shown in `Proxy-Authorization`, for the host that has the VM.
@@ -74,6 +76,7 @@ impl Caller {
             via: None,
             client: String::new(),
             shown: None,
+            is_led: false,
         }))
     }
 
@@ -87,6 +90,7 @@ impl Caller {
             via: None,
             client: String::new(),
             shown: None,
+            is_led: false,
         }))
     }
 
@@ -148,6 +152,7 @@ impl Caller {
         inner.subjects.retain(is_shown);
         inner.uid = None;
         inner.via = Some(host.clone());
+        inner.is_led = false;
         Self(Arc::new(inner)).with(vouched)
     }
 
@@ -171,6 +176,19 @@ impl Caller {
         let field = field.to_vec();
         inner.shown = Some(Shown { field, is_strange });
         Self(Arc::new(inner))
+    }
+
+    /// Says that they came by a listener that leads to one place, so that they have not chosen it.
+    #[must_use]
+    pub fn led(&self) -> Self {
+        let mut inner = Inner::clone(&self.0);
+        inner.is_led = true;
+        Self(Arc::new(inner))
+    }
+
+    /// Whether they came by a listener that leads to one place.
+    pub fn is_led(&self) -> bool {
+        self.0.is_led
     }
 
     /// The host that they came by way of.

@@ -236,7 +236,7 @@ impl Grants {
 
     /// Whether a caller may see any VM at all, there or not.
     pub fn sees_any(&self, caller: &Caller, now_ms: i64) -> bool {
-        let is = |grant: &Grant| grant.may.iter().any(|may| may.covers(Verb::See));
+        let is = |grant: &Grant| grant.may.iter().any(|may| may.covers(Verb::See, false));
         caller.is_owner() || self.of_caller(caller, now_ms).any(is)
     }
 
@@ -291,8 +291,9 @@ impl Grants {
         let grants = subjects
             .filter_map(|subject| self.by_subject.get(subject))
             .flat_map(move |of_subject| of_subject.about(about));
+        let led = caller.is_led();
         let covers = move |grant: &&Grant| {
-            grant.may.iter().any(|may| may.covers(verb)) && about.is_of(grant)
+            grant.may.iter().any(|may| may.covers(verb, led)) && about.is_of(grant)
         };
         grants.filter_map(|nth| self.all.get(nth)).filter(covers)
     }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `reach` | streams to whatever the VM's own lists have |
 //! | `reach:80,8000-8100,vsock:5000,svc:docker` | streams to these TCP and AF_VSOCK ports and services, as far as the VM's own lists have them |
+//! | `forward` | streams through a listener that leads to one place of it (`to = "web-1:22"`), and only through such a one |
 //! | `see` | the VM is in lists and is shown; without it the VM looks as if there were none |
 //! | `task` | its tasks and what they wrote are shown |
 //! | `goal` | goals are applied to it |
@@ -28,7 +29,7 @@ pub const GRANTS_MAX: usize = 4096;
 pub const LIST_MAX: usize = 256;
 
 /// What to say of verbs that are thought of and not there.
-const LATER: [&str; 5] = ["exec", "files", "expose", "capture", "forward"];
+const LATER: [&str; 4] = ["exec", "files", "expose", "capture"];
 
 /// A grant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +68,8 @@ impl Grant {
 pub enum May {
     /// Streams to what the VM's own lists have; with a list, to these of them.
     Reach(Option<Ports>),
+    /// Streams through a listener that leads to one place of it.
+    Forward,
     /// It is shown.
     See,
     /// Its tasks are shown.
@@ -89,7 +92,7 @@ pub struct Ports {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MayError {
     /// No such verb.
-    #[error("it takes `reach`, `reach:PORTS`, `see`, `task`, `goal` and `manage`")]
+    #[error("it takes `reach`, `reach:PORTS`, `forward`, `see`, `task`, `goal` and `manage`")]
     Unknown,
     /// It would do nothing.
     #[error("nothing of this aditd asks for `{0}` yet")]
@@ -157,8 +160,8 @@ impl FromStr for Ports {
 }
 
 impl May {
-    /// Whether it is what is asked for.
-    pub fn covers(&self, verb: Verb<'_>) -> bool {
+    /// Whether it is what is asked for. `led`: whoever asks came by a listener that leads to this one place.
+    pub fn covers(&self, verb: Verb<'_>, led: bool) -> bool {
         match (self, verb) {
             (Self::Reach(None), Verb::Reach(_))
             | (Self::See, Verb::See)
@@ -166,6 +169,7 @@ impl May {
             | (Self::Goal, Verb::Goal)
             | (Self::Manage, Verb::Manage) => true,
             (Self::Reach(Some(ports)), Verb::Reach(target)) => ports.has(target),
+            (Self::Forward, Verb::Reach(_)) => led,
             _ => false,
         }
     }
@@ -185,6 +189,7 @@ impl FromStr for May {
         match (verb, rest) {
             ("reach", None) => Ok(Self::Reach(None)),
             ("reach", Some(ports)) => Ok(Self::Reach(Some(ports.parse()?))),
+            ("forward", None) => Ok(Self::Forward),
             ("see", None) => Ok(Self::See),
             ("task", None) => Ok(Self::Task),
             ("goal", None) => Ok(Self::Goal),
@@ -199,6 +204,7 @@ impl fmt::Display for May {
         match self {
             Self::Reach(None) => f.pad("reach"),
             Self::Reach(Some(ports)) => write!(f, "reach:{ports}"),
+            Self::Forward => f.pad("forward"),
             Self::See => f.pad("see"),
             Self::Task => f.pad("task"),
             Self::Goal => f.pad("goal"),
@@ -231,7 +237,9 @@ mod tests {
     use super::*;
 
     fn reaches(may: &str, target: &Target) -> bool {
-        may.parse::<May>().unwrap().covers(Verb::Reach(target))
+        may.parse::<May>()
+            .unwrap()
+            .covers(Verb::Reach(target), false)
     }
 
     #[test]
@@ -257,6 +265,7 @@ mod tests {
             "reach",
             "reach:80,8000-8100,vsock:5000",
             "reach:80,svc:docker",
+            "forward",
             "see",
             "task",
             "goal",

@@ -24,6 +24,9 @@ pub struct Tag {
     /// What it reached.
     #[serde(rename = "t")]
     target: Target,
+    /// It came by a listener that leads there.
+    #[serde(rename = "l", default, skip_serializing_if = "std::ops::Not::not")]
+    is_led: bool,
 }
 
 impl Tag {
@@ -45,6 +48,7 @@ impl Tag {
             from: caller.from().into(),
             via: caller.via().cloned(),
             target: target.clone(),
+            is_led: caller.is_led(),
         };
         loop {
             match serde_json::to_vec(&tag) {
@@ -89,6 +93,7 @@ impl Tag {
         let caller = Caller::anonymous(&self.from);
         match &self.via {
             Some(host) => caller.by_way_of(host, names.filter(holds).collect()),
+            None if self.is_led => caller.with(names.filter(holds)).led(),
             None => caller.with(names.filter(holds)),
         }
     }
@@ -129,6 +134,8 @@ mod tests {
         assert_eq!(all.from(), "127.0.0.1:9");
         let less = tag.caller(|name| !matches!(name, Subject::Token(_)));
         assert_eq!(names(&less), ["user:deploy", "user:1000", "anyone"]);
+        let led = Tag::read(&Tag::of(&caller.led(), &target).unwrap()).unwrap();
+        assert!(led.caller(|_| true).is_led() && !all.is_led());
         assert_eq!(Tag::of(&Caller::owner(), &target), None);
     }
 

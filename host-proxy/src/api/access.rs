@@ -21,7 +21,7 @@ use crate::access::{Access, Caller, Grant, Subject, Verb};
 pub(super) struct Check {
     /// Who asks: `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME`, `network:NAME`, `anyone` or `owner`.
     r#as: String,
-    /// `reach` with a target; `see`, `task`, `goal`, `manage` without one.
+    /// `reach` with a target; `forward`, the same by a listener that leads there; `see`, `task`, `goal`, `manage` without one.
     verb: String,
     /// Name of the VM.
     vm: String,
@@ -43,15 +43,19 @@ pub(super) async fn check(
 ) -> Answer<AccessDecision> {
     let caller = caller(&state, &ask.r#as).await?;
     let target = ask.target.as_deref().map(target).transpose()?;
+    let caller = match &*ask.verb {
+        "forward" => caller.led(),
+        _ => caller,
+    };
     let verb = match (&*ask.verb, &target) {
-        ("reach", Some(target)) => Verb::Reach(target),
+        ("reach" | "forward", Some(target)) => Verb::Reach(target),
         ("see", None) => Verb::See,
         ("task", None) => Verb::Task,
         ("goal", None) => Verb::Goal,
         ("manage", None) => Verb::Manage,
         _ => {
             return Err(usage(
-                "a verb is `reach` with a target, or `see`, `task`, `goal`, `manage` without one",
+                "a verb is `reach` or `forward` with a target, or `see`, `task`, `goal`, `manage` without one",
             ));
         }
     };

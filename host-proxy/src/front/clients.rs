@@ -28,6 +28,7 @@ pub async fn any(state: Arc<State>, client: Stream, asking: Asking, place: Place
     let Some(caller) = unless_over(&state, &place, asking.caller()).await else {
         return;
     };
+    let caller = caller.led();
     let words = Words {
         speaks: "any",
         greeting: vec![],

@@ -488,10 +488,18 @@ fn r69_wrong_tokens_over_socks5_make_their_client_wait_and_the_proxy_waits_with_
 
 #[test]
 fn a_listener_for_one_place_and_one_for_tls_pass_every_byte_on() {
-    let more =
-        listen("127.0.0.1:0", "any", "to = \"a:80\"") + &grant("\"anyone\"", "\"a\"", "\"reach\"");
+    let more = listen("127.0.0.1:0", "any", "to = \"a:80\"")
+        + &grant("\"anyone\"", "\"a\"", "\"forward\"");
     let (host, ports) = started(&more);
     let control = ports[0].connected();
+    // Who is granted no more than that chooses no place.
+    let mut proxied = host.proxy();
+    proxied
+        .write_all(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+        .unwrap();
+    let mut said = [0; 12];
+    proxied.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"HTTP/1.1 404");
     let mut client = TcpStream::connect(other(&host)).unwrap();
     client.set_read_timeout(Some(HANG)).unwrap();
     let (mut guest, prefix) = control.tunnel();

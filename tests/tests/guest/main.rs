@@ -22,6 +22,9 @@ mod clones;
 mod cuts;
 mod from_guest;
 mod hostile;
+mod hosts;
+#[path = "../clients/keys.rs"]
+mod keys;
 mod pauses;
 mod restarts;
 mod ring;

@@ -98,6 +98,23 @@ fn without_a_grant_nobody_but_the_owner_may_anything() {
 }
 
 #[test]
+fn forward_is_for_listeners_that_lead_to_one_place_and_keeps_to_the_vms_lists() {
+    let grants = Grants::new(vec![grant(&["anyone"], &["web-1"], &["forward"], None)]);
+    let (web, nobody) = (Vm::new("web-1", &[22]), Caller::anonymous("x"));
+    assert!(may(&grants, &nobody.led(), Verb::Reach(&tcp(22)), &web));
+    assert!(!may(&grants, &nobody.led(), Verb::Reach(&tcp(80)), &web));
+    assert!(!may(&grants, &nobody, Verb::Reach(&tcp(22)), &web));
+    let db = Vm::new("db-1", &[22]);
+    assert!(!may(&grants, &nobody.led(), Verb::Reach(&tcp(22)), &db));
+    // By way of another host it is that one's listener, and not ours.
+    let via = nobody.led().by_way_of(&"beta".parse().unwrap(), vec![]);
+    assert!(!may(&grants, &via, Verb::Reach(&tcp(22)), &web));
+    for verb in [Verb::See, Verb::Task, Verb::Goal, Verb::Manage] {
+        assert!(!may(&grants, &nobody.led(), verb, &web));
+    }
+}
+
+#[test]
 fn r125_every_part_of_a_grant_must_fit_and_no_verb_implies_another() {
     let grants = Grants::new(vec![
         grant(&["user:deploy"], &["web-*"], &["reach:80"], None),
@@ -228,7 +245,7 @@ proptest! {
         let fits = |verb: Verb<'_>| grants.iter().any(|grant| {
             let to = grant.to.iter().any(|to| caller.subjects().contains(to));
             let vms = grant.vms.iter().any(|vms| vms.has(name, |key| (prod && key == "env").then_some("prod")));
-            to && vms && grant.may.iter().any(|may| may.covers(verb)) && grant.until_ms.is_none_or(|until| NOW < until)
+            to && vms && grant.may.iter().any(|may| may.covers(verb, caller.is_led())) && grant.until_ms.is_none_or(|until| NOW < until)
         });
         let index = Grants::new(grants.clone());
         for verb in [Verb::Reach(&target), Verb::See, Verb::Goal, Verb::Task, Verb::Manage] {

@@ -139,7 +139,7 @@ impl Kind {
                     Texts::Vouched => "of `user:NAME` and `group:NAME`",
                     Texts::Addresses => "IP addresses of a host",
                     Texts::May => {
-                        "of `reach`, `reach:PORTS` (also `svc:NAME`), `see`, `task`, `goal` and `manage`"
+                        "of `reach`, `reach:PORTS` (also `svc:NAME`), `forward`, `see`, `task`, `goal` and `manage`"
                     }
                 };
                 format!("a list of at most {max} {what}, each in quotes")
