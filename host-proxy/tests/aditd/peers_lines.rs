@@ -15,7 +15,7 @@ use rustls::{
 };
 
 use crate::access::{UID, curl, serve};
-use crate::h2raw::{PING, SETTINGS, frame};
+use crate::h2raw::{END_HEADERS, HEADERS, PING, SETTINGS, frame};
 use crate::host::{Control, HANG, NO_GRANTS};
 use crate::peers::{Member, to_alpha, two};
 use crate::seen::{SEEN, access_log};
@@ -281,6 +281,8 @@ fn r126_a_host_whose_connection_is_a_flood_loses_it_and_others_go_on() {
         frame(PING, 0, 0, b"12345678").repeat(8000),
         frame(SETTINGS, 0, 0, &[]).repeat(8000),
         frame(0xfa, 0, 0, &[0; 1000]).repeat(100),
+        // `:status: 103` again and again, and never an answer.
+        frame(HEADERS, END_HEADERS, 1, b"\x08\x03103").repeat(8000),
     ];
     let pair = own(&["gamma"], |_| {});
     let address = flooding(&pair, pieces.clone());
