@@ -9,11 +9,12 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use adit_tests::connect::pattern;
 use adit_tests::host::Host;
 use adit_tests::process::Reaped;
-use echo::{ECHO, started};
+use echo::{ECHO, started, started_with};
 use nix::sys::signal::Signal;
 
 fn adit(bins: &Path, host: &Host, args: &[&str]) -> Child {
@@ -62,6 +63,33 @@ fn connect_carries_bytes_to_a_guest_and_back_and_says_why_it_cannot() {
         assert_eq!(out.status.code(), Some(exit), "{said}");
         assert!(said.contains(why), "{said}");
     }
+}
+
+#[test]
+fn a_vm_with_a_rate_of_bytes_has_no_more_whichever_way_its_clients_come() {
+    const PER_S: usize = 200_000;
+    let Some((host, _guest, bins)) = started_with(&format!("bytes_per_s = {PER_S}")) else {
+        return;
+    };
+    let begin = Instant::now();
+    let clients: Vec<_> = (0..2)
+        .map(|_| {
+            let args = ["connect", &format!("vsock-{ECHO}.a"), &ECHO.to_string()];
+            let mut child = adit(&bins, &host, &args);
+            let mut stdin = child.stdin.take().unwrap();
+            let sent: Vec<u8> = (0..3 * PER_S as u64 / 2).map(pattern).collect();
+            let all = sent.clone();
+            let writer = std::thread::spawn(move || stdin.write_all(&all).unwrap());
+            (child, sent, writer)
+        })
+        .collect();
+    for (child, sent, writer) in clients {
+        let out = child.wait_with_output().unwrap();
+        writer.join().unwrap();
+        assert!(out.status.success() && out.stdout == sent);
+    }
+    // Both together have three seconds' bytes, of which the first second's were saved.
+    assert!(begin.elapsed() >= Duration::from_millis(1900));
 }
 
 #[test]

@@ -16,12 +16,14 @@ use adit_tests::connect::{connect, pattern};
 use adit_tests::guest::{Guest, Identity};
 use adit_tests::host::Host;
 use adit_tests::image::{Image, Kernel};
+use adit_tests::process::wait_for;
 use anyhow::{Context, ensure};
 
 use crate::{progress, setup};
 
 const VM: &str = "web-1";
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(20);
 /// Streams at a time.
 const STREAMS: u64 = 2;
 /// Longest stream, bytes.
@@ -152,10 +154,11 @@ fn port(host: &Host) -> anyhow::Result<(u64, usize)> {
 }
 
 fn port_pid(host: &Host) -> anyhow::Result<u32> {
-    let out = host.adit(&["vm", "show", VM, "-o", "json"])?;
-    let vm: serde_json::Value = serde_json::from_slice(&out.stdout)?;
-    let pid = vm["port_pid"].as_u64().context("no port process")?;
-    Ok(u32::try_from(pid)?)
+    wait_for("aditd knows the port process", SOON, || {
+        let out = host.adit(&["vm", "show", VM, "-o", "json"])?;
+        let vm: serde_json::Value = serde_json::from_slice(&out.stdout)?;
+        Ok(vm["port_pid"].as_u64().map(u32::try_from).transpose()?)
+    })
 }
 
 /// A process's anonymous memory in KiB, and its descriptors.

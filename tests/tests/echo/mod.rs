@@ -157,13 +157,18 @@ impl Tunnels {
 
 /// aditd with the VM `a`, whose guest echoes, and the directory of the programs.
 pub fn started() -> Option<(Host, Echo, PathBuf)> {
+    started_with("")
+}
+
+/// The same. `more` are additional lines of the VM's configuration.
+pub fn started_with(more: &str) -> Option<(Host, Echo, PathBuf)> {
     let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
         println!(
             "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
         );
         return None;
     };
-    let host = Host::start(&bins, &["a"]).unwrap();
+    let host = Host::start_with(&bins, &["a"], more).unwrap();
     host.wait_port("a").unwrap();
     let guest = Echo::boot(&host.vhost_socket("a"));
     wait_for("the guest", SOON, || Ok(connect(host.proxy()))).unwrap();
