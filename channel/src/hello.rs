@@ -31,7 +31,7 @@ use adit_names::{NameError, ServiceName};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::refusal::Refusal;
+use crate::refusal::{self, Refusal};
 use tlv::Tlvs;
 
 #[cfg(feature = "key")]
@@ -345,8 +345,8 @@ impl Hello {
             Self::Refuse(r) => {
                 (kind, status) = (3, r.refusal.code().hello_number());
                 let (text, errno) = (r.refusal.text(), r.refusal.errno());
-                let end = text.floor_char_boundary(TEXT_MAX);
-                tlv::put(&mut tail, tlv::TEXT, &text.as_bytes()[..end]);
+                let text = refusal::prefix(text, TEXT_MAX);
+                tlv::put(&mut tail, tlv::TEXT, text.as_bytes());
                 if errno != 0 {
                     tlv::put(&mut tail, tlv::ERRNO, &errno.to_le_bytes());
                 }

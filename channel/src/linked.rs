@@ -21,13 +21,12 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use adit_engine::ResetReason;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 
 use crate::carrier::{Carrier, Woken};
 use crate::device::{
-    ActivateError, DeviceError, DeviceState, RestoreError, Signal, VirtQueue, VirtQueues,
-    VsockDevice, WAKERS, drain,
+    ActivateError, DeviceError, DeviceState, QueueConfig, RestoreError, Signal, VirtQueue,
+    VirtQueues, VsockDevice, WAKERS, drain,
 };
 
 type Task<M> = Box<dyn FnOnce(&mut Linked<M>) + Send>;
@@ -159,11 +158,11 @@ impl<M: GuestAddressSpace> Linked<M> {
         &mut self,
         features: u64,
         mem: M,
-        queues: [Queue; 3],
+        queues: [impl Into<QueueConfig>; 3],
         signal: Arc<dyn Signal>,
     ) -> Result<(), SetupError> {
         let [rx_kick, tx_kick] = self.data_kicks()?;
-        let [rx, tx, event] = queues;
+        let [rx, tx, event] = queues.map(Into::into);
         let with = |queue, kick| VirtQueue { queue, kick };
         let queues = VirtQueues {
             rx: with(rx, rx_kick),
@@ -172,6 +171,12 @@ impl<M: GuestAddressSpace> Linked<M> {
         };
         self.device.ack_features(features)?;
         Ok(self.device.activate(mem, queues, signal)?)
+    }
+
+    /// Replaces the kicks that `link` got, for a bus that learns them only from the driver. Call it before
+    /// [`activate`](Self::activate) or [`restore`](Self::restore): a session that has begun keeps its RX and TX kicks.
+    pub fn set_kicks(&mut self, kicks: [OwnedFd; 3]) {
+        self.kicks = kicks;
     }
 
     /// Duplicates the RX and TX kicks, because the device closes its own when a session ends.
@@ -195,6 +200,14 @@ impl<M: GuestAddressSpace> Linked<M> {
         self.owes_reset = true;
         self.inform_guest();
         Ok(())
+    }
+
+    /// The VM got or lost memory (hot-plug). When this returns, the device has no reference to the old memory.
+    ///
+    /// # Errors
+    /// A queue is not in the new memory. The device keeps the old memory, which must remain mapped.
+    pub fn set_memory(&mut self, mem: M) -> Result<(), ActivateError> {
+        self.device.set_memory(mem)
     }
 
     /// The driver reset the device: every stream ends, and the device no longer accesses its queues.

@@ -217,7 +217,7 @@ impl Refusal {
     /// Makes one; of the text, [`TEXT_MAX`] bytes are kept.
     pub fn new(code: Code, text: impl Into<String>) -> Self {
         let mut text = text.into();
-        text.truncate(text.floor_char_boundary(TEXT_MAX));
+        text.truncate(prefix(&text, TEXT_MAX).len());
         let errno = 0;
         Self { code, errno, text }
     }
@@ -272,6 +272,14 @@ impl Refusal {
     pub fn retry_after(&self) -> Option<u32> {
         self.code.retry_after()
     }
+}
+
+/// The longest whole part of a text that fits into `max` bytes. `str::floor_char_boundary` would do it from Rust 1.91 on,
+/// which is newer than this crate demands.
+pub(crate) fn prefix(text: &str, max: usize) -> &str {
+    let mut ends = (0..=max.min(text.len())).rev();
+    let end = ends.find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    &text[..end]
 }
 
 #[cfg(test)]

@@ -7,7 +7,6 @@ use adit_channel::device::{FEATURES, RX_QUEUE, TX_QUEUE, VsockDevice};
 use adit_engine::ResetReason;
 use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Rig, cid, rw};
-use virtio_queue::QueueT;
 
 const RX_ONLY: Interest = Interest {
     rx: true,
@@ -243,8 +242,8 @@ fn a_successor_sends_the_notification_that_may_be_missing() {
         (&mut queues.rx, stopped.bases[0]),
         (&mut queues.tx, stopped.bases[1]),
     ] {
-        queue.queue.set_next_avail(base);
-        queue.queue.set_next_used(base);
+        queue.queue.next_avail = base;
+        queue.queue.next_used = base;
     }
     let mut next = VsockDevice::new(cid(), 2).expect("a descriptor");
     next.ack_features(FEATURES).expect("offered features");

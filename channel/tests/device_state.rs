@@ -5,11 +5,11 @@ mod common;
 use std::sync::Arc;
 
 use adit_channel::device::{
-    DeviceState, EVENT_QUEUE, FEATURES, RestoreError, STATE_BYTES, StateError,
+    ActivateError, DeviceState, EVENT_QUEUE, FEATURES, RestoreError, STATE_BYTES, StateError,
 };
 use adit_engine::{Op, SessionChange};
 use adit_testkit::queue::{Buffer, DriverQueue};
-use adit_testkit::{Driver, DriverConfig, memory};
+use adit_testkit::{Driver, DriverConfig, VmMemory, memory};
 use common::{Device, Rig, Signals, cid};
 use vm_memory::Bytes;
 
@@ -22,7 +22,7 @@ fn rig() -> (Rig, DriverQueue) {
     let mut device = Device::new(cid(), 1).unwrap();
     device.ack_features(FEATURES).unwrap();
     let mut queues = driver.queues();
-    queues.event = Some(event.queue());
+    queues.event = Some(event.queue().into());
     device.activate(mem, queues, signals.clone()).unwrap();
     device.take_session_change();
     let rig = Rig {
@@ -92,6 +92,23 @@ fn the_guest_gets_the_reset_event_as_soon_as_it_posts_a_buffer() {
     assert_eq!(event.pop_used(), Some((0, 0)));
     assert_eq!(event.pop_used(), Some((1, 0)));
     assert_eq!(event.pop_used(), Some((head, 4)));
+}
+
+#[test]
+fn memory_without_the_event_queue_is_refused() {
+    let (mut rig, _event) = rig();
+    let [event, ..] = memory::queue_addrs(EVENT_QUEUE);
+    let ranges = [(vm_memory::GuestAddress(0), event as usize)];
+    let smaller = Arc::new(VmMemory::from_ranges(&ranges).unwrap());
+    let refused = rig.device.set_memory(smaller).unwrap_err();
+    let expected = matches!(
+        refused,
+        ActivateError::QueueAddress {
+            queue: EVENT_QUEUE,
+            ..
+        }
+    );
+    assert!(expected, "{refused}");
 }
 
 #[test]

@@ -291,17 +291,34 @@ fn traffic_starts_no_thread() {
 }
 
 #[test]
-fn the_example_for_vmm_authors_runs() {
+fn the_examples_for_vmm_authors_run() {
     let mut path = std::env::current_exe().expect("this test");
     path.pop();
     path.pop();
-    let out = Command::new(path.join("examples/link_the_device"))
-        .output()
-        .expect("cargo test builds examples");
-    let said = String::from_utf8_lossy(&out.stdout);
-    assert!(
-        out.status.success() && said.contains("host got: hi to"),
-        "{said}{}",
-        String::from_utf8_lossy(&out.stderr)
-    );
+    for (example, last) in [
+        ("link_the_device", "host got: hi to"),
+        ("adapter_cloud_hypervisor", "continued from a snapshot"),
+        ("adapter_firecracker", "continued from a snapshot"),
+    ] {
+        let out = Command::new(path.join("examples").join(example))
+            .output()
+            .expect("cargo test builds examples");
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert!(
+            out.status.success() && said.contains(last),
+            "{example}: {said}{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+    }
+}
+
+#[test]
+fn an_adapter_to_another_vmms_traits_is_short() {
+    for adapter in [
+        include_str!("../examples/adapter_cloud_hypervisor/adapter.rs"),
+        include_str!("../examples/adapter_firecracker/adapter.rs"),
+    ] {
+        let lines = adapter.lines().count();
+        assert!(lines <= 200, "{lines} lines");
+    }
 }

@@ -11,7 +11,6 @@ use adit_channel::device::{FEATURES, VirtQueues};
 use adit_engine::Lane;
 use adit_testkit::{Driver, DriverConfig, memory};
 use common::{Device, Signals, cid, rw};
-use virtio_queue::QueueT;
 
 /// VIRTIO_F_RING_EVENT_IDX.
 const EVENT_IDX: u64 = 1 << 29;
@@ -41,8 +40,8 @@ fn successor(driver: &Driver, features: u64) -> Device {
         (&mut rx, driver.rx.used_idx()),
         (&mut tx, driver.tx.used_idx()),
     ] {
-        queue.queue.set_next_avail(used);
-        queue.queue.set_next_used(used);
+        queue.queue.next_avail = used;
+        queue.queue.next_used = used;
     }
     let queues = VirtQueues { rx, tx, event };
     let signals = Arc::new(Signals::default());

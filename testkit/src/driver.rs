@@ -254,7 +254,8 @@ impl Driver {
         }
     }
 
-    fn read(&self, addr: u64, bytes: &mut [u8]) {
+    /// Reads guest memory.
+    pub fn read(&self, addr: u64, bytes: &mut [u8]) {
         let first = memory::first(&self.mem);
         match first.get_slice(addr as usize, bytes.len()) {
             Ok(slice) => {

@@ -11,6 +11,7 @@
 //! - [`memory`]: guest memory, anonymous or in a sealed memfd, and its layout.
 //! - [`queue`]: the driver's side of one split virtqueue, down to raw descriptors for hostile tests.
 //! - [`driver`]: both queues of a virtio-vsock driver.
+//! - [`guest`]: a guest that kicks and waits, while the device runs on another thread.
 //! - [`session`]: the device as a carrier whose session begins.
 //! - [`service`]: services of the host, for the other end of its streams.
 //! - [`stream`]: the guest's side of one connection: credit, fwd_cnt, half-close.
@@ -18,6 +19,7 @@
 //! What it is **not**: a model of the guest kernel's sockets. A real guest is booted in `tests/`.
 
 pub mod driver;
+pub mod guest;
 pub mod memory;
 pub mod queue;
 pub mod service;
@@ -25,4 +27,5 @@ pub mod session;
 pub mod stream;
 
 pub use driver::{Driver, DriverConfig, RxShape};
+pub use guest::Guest;
 pub use memory::VmMemory;

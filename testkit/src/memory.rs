@@ -5,6 +5,7 @@
 //! | 0x1_0000 + q * 0x1_0000 | queue q: descriptors +0, available ring +0x8000, used ring +0xa000 |
 //! | 0x10_0000 | indirect tables, 1 KiB (64 descriptors) for each head of the TX queue |
 //! | 0x20_0000 | packet headers, 64 bytes for each head, RX then TX |
+//! | 0x30_0000 | a page for events |
 //! | 0x40_0000 | RX pages, 4 KiB for each head |
 //! | 0x100_0000 | TX payload, 64 KiB for each head |
 
@@ -31,6 +32,9 @@ pub const PAGE_BYTES: usize = 4096;
 /// Most descriptors of one indirect table.
 pub const INDIRECT_MAX: usize = 64;
 
+/// Address of the page for buffers of the event queue.
+pub const EVENTS: u64 = 0x30_0000;
+
 /// Makes zeroed guest memory of this process.
 ///
 /// # Panics
@@ -45,13 +49,28 @@ pub fn anonymous() -> Arc<VmMemory> {
 /// # Panics
 /// There is no memory.
 pub fn memfd() -> (Arc<VmMemory>, File) {
+    memfd_of(&[(0, MEMORY_BYTES)])
+}
+
+/// As [`memfd`], with these regions (guest address, bytes), which follow each other in the file.
+///
+/// # Panics
+/// There is no memory.
+pub fn memfd_of(regions: &[(u64, usize)]) -> (Arc<VmMemory>, File) {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(c"guest", flags).expect("memfd"));
-    file.set_len(MEMORY_BYTES as u64).expect("memfd size");
+    let mut size = 0;
+    let ranges: Vec<_> = regions
+        .iter()
+        .map(|&(addr, len)| {
+            let offset = FileOffset::new(file.try_clone().expect("descriptor"), size);
+            size += len as u64;
+            (GuestAddress(addr), len, Some(offset))
+        })
+        .collect();
+    file.set_len(size).expect("memfd size");
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).expect("seals");
-    let offset = FileOffset::new(file.try_clone().expect("descriptor"), 0);
-    let ranges = [(GuestAddress(0), MEMORY_BYTES, Some(offset))];
     let mem = VmMemory::from_ranges_with_files(ranges).expect("guest memory");
     (Arc::new(mem), file)
 }

@@ -1,5 +1,6 @@
 //! `cargo bench --bench carrier [-- --rounds N] [--realtime] [--image FILE] [--json]`: streams over the ring, compared with the
-//! bare ring below them and with a Unix socket, in the same run, round by round.
+//! bare ring below them and with a Unix socket, in the same run, round by round; and what it costs the device that a VMM
+//! describes its memory as raw regions.
 //!
 //! - A cell is a process of its own that forks: two processes pinned to two processors ([`adit_benches::duel`]), with a port
 //!   and a shard in each. `--cell NAME` runs one cell and prints its numbers.
@@ -13,6 +14,7 @@ mod others;
 #[path = "../ring/ours.rs"]
 #[allow(dead_code)]
 mod ours;
+mod packet;
 mod streams;
 mod tasks;
 
@@ -41,6 +43,7 @@ fn cell(name: &str) -> Vec<f64> {
         }
         "trip stream" => streams::trips(),
         "first" => first::messages().to_vec(),
+        "packet" => packet::both().to_vec(),
         "trip tokio" => tasks::trips(),
         "trip eventfd" => others::eventfds(),
         "trip process" => bare::round_trip(None).to_vec(),
@@ -49,19 +52,21 @@ fn cell(name: &str) -> Vec<f64> {
     }
 }
 
-const CELLS: [&str; 8] = [
+const CELLS: [&str; 9] = [
     "bulk ring",
     "bulk unix",
     "bulk stream",
     "trip ring",
     "trip stream",
     "first",
+    "packet",
     "trip tokio",
     "trip eventfd",
 ];
 
-/// What the numbers of cell `first` are; other cells have one figure, by their own name.
+/// What the numbers of the cells `first` and `packet` are; other cells have one figure, by their own name.
 const FIRST: [&str; 3] = ["first opened", "first dialled", "first warm"];
+const PACKET: [&str; 2] = ["packet raw", "packet own"];
 
 /// Cells that run beside a guest. They never run in real time: to make a guest, KVM needs threads of the kernel, and a side that
 /// polls in real time would keep them from running.
@@ -154,6 +159,11 @@ fn figures(all: &BTreeMap<&str, Vec<f64>>) -> Vec<Figure> {
             "trip tokio",
         ),
         trip("eventfds alone, round trip", "trip eventfd"),
+        trip(
+            "device through raw regions, TX packet with 64 B",
+            "packet raw",
+        )
+        .beside("GuestAddressSpace", of("packet own"), 1.05, 1.0),
     ];
     if all.contains_key("trip guest") {
         let name = "bare ring, 64 B round trip with a guest that runs in user mode on KVM";
@@ -189,6 +199,7 @@ fn main() {
         for &name in CELLS.iter().chain(guest) {
             let names = match name {
                 "first" => &FIRST[..],
+                "packet" => &PACKET[..],
                 _ => std::slice::from_ref(&name),
             };
             for (&figure, number) in names.iter().zip(apart(name)) {

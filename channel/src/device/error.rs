@@ -38,6 +38,18 @@ pub enum ActivateError {
         /// The largest size.
         max: u16,
     },
+    /// A part of a queue is not aligned (virtio 1.3 §2.7).
+    #[error("queue {queue}: {part} at {addr:#x} is not a multiple of {align}")]
+    QueueAlign {
+        /// Index of the queue.
+        queue: u16,
+        /// Name of the part.
+        part: &'static str,
+        /// Guest address of the part.
+        addr: u64,
+        /// The alignment that virtio demands.
+        align: u64,
+    },
     /// A queue is not ready, or is not in guest memory.
     #[error(
         "queue {queue}: not ready or not in guest memory (descriptors {desc:#x}, available {avail:#x}, used {used:#x})"

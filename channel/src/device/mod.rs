@@ -34,6 +34,8 @@ pub(crate) mod iovec;
 mod notice;
 mod packet;
 mod prefetch;
+mod queue_config;
+pub mod raw;
 mod slot;
 mod state;
 pub(crate) mod virtqueue;
@@ -46,13 +48,13 @@ use adit_engine::{ResetReason, SessionChange};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 
 pub(crate) use burst::drain;
 pub use chain::INDIRECT_MAX;
 pub use error::{ActivateError, DeviceError};
 pub use packet::{GuestCid, HEADER_BYTES, HOST_CID, PAYLOAD_MAX, WireHeader};
+pub use queue_config::QueueConfig;
 pub use slot::{GuestPacket, GuestSlot};
 pub use state::{DeviceState, RestoreError, STATE_BYTES, StateError};
 pub use virtqueue::QUEUE_MAX;
@@ -97,17 +99,18 @@ pub trait Signal: Send + Sync {
     }
 }
 
-/// A queue that the bus has configured.
+/// A queue that the bus has configured, and its kick.
 #[derive(Debug)]
 pub struct VirtQueue {
     /// Addresses, size and position of the queue.
-    pub queue: Queue,
+    pub queue: QueueConfig,
     /// Nonblocking eventfd that becomes readable when the driver kicks; `None` if the caller polls.
     pub kick: Option<OwnedFd>,
 }
 
-impl From<Queue> for VirtQueue {
-    fn from(queue: Queue) -> Self {
+impl<Q: Into<QueueConfig>> From<Q> for VirtQueue {
+    fn from(queue: Q) -> Self {
+        let queue = queue.into();
         Self { queue, kick: None }
     }
 }
@@ -120,7 +123,7 @@ pub struct VirtQueues {
     /// Queue 1, from the guest.
     pub tx: VirtQueue,
     /// Queue 2. vhost-user frontends handle it themselves.
-    pub event: Option<Queue>,
+    pub event: Option<QueueConfig>,
 }
 
 /// What happened on a device since it was created.
@@ -236,13 +239,7 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
 
     /// Reads the configuration space (guest_cid, 8 bytes). Bytes after it read as zero.
     pub fn read_config(&self, offset: u64, dst: &mut [u8]) {
-        let config = self.guest_cid.get().to_le_bytes();
-        dst.fill(0);
-        let Some(src) = usize::try_from(offset).ok().and_then(|o| config.get(o..)) else {
-            return;
-        };
-        let n = src.len().min(dst.len());
-        dst[..n].copy_from_slice(&src[..n]);
+        self.guest_cid.read_config(offset, dst);
     }
 
     /// Ignores and counts a write: the configuration space is read-only.
@@ -383,7 +380,8 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         self.active.is_some()
     }
 
-    /// Replaces guest memory between bursts (hot-plug).
+    /// Replaces guest memory between bursts (hot-plug). When this returns, the device has no reference to the old
+    /// memory. An inactive device has none either, and takes the new one when it becomes active.
     ///
     /// # Errors
     /// A queue is not in the new memory. The device keeps the old memory.
@@ -392,9 +390,12 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             return Ok(());
         };
         let snapshot = mem.memory();
-        for (queue, vq) in [(RX_QUEUE, &active.rx), (TX_QUEUE, &active.tx)] {
-            if !vq.lies_in(&*snapshot) {
-                return Err(vq.not_in_memory(queue));
+        let data = [(RX_QUEUE, &active.rx), (TX_QUEUE, &active.tx)];
+        let event = active.event.as_ref().map(|vq| (EVENT_QUEUE, vq));
+        for (index, vq) in data.into_iter().chain(event) {
+            let queue = vq.config();
+            if !queue.lies_in(&*snapshot) {
+                return Err(queue.not_in_memory(index));
             }
         }
         drop(snapshot);

@@ -37,6 +37,18 @@ impl GuestCid {
     pub fn get(self) -> u64 {
         u64::from(self.0)
     }
+
+    /// Reads the configuration space of this guest's device (guest_cid, 8 bytes; virtio 1.3 §5.10.4). Bytes after it
+    /// read as zero. A bus may answer this itself: the CID never changes.
+    pub fn read_config(self, offset: u64, dst: &mut [u8]) {
+        let config = self.get().to_le_bytes();
+        dst.fill(0);
+        let Some(src) = usize::try_from(offset).ok().and_then(|o| config.get(o..)) else {
+            return;
+        };
+        let n = src.len().min(dst.len());
+        dst[..n].copy_from_slice(&src[..n]);
+    }
 }
 
 /// The header in the layout of guest memory.

@@ -22,14 +22,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use adit_engine::SessionChange;
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddressSpace, Permissions};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::chain::{self, Cursor};
 use super::{
-    ActivateError, DeviceError, EVENT_QUEUE, GuestCid, QUEUE_MAX, Signal, VirtQueue, VirtQueues,
-    VsockDevice,
+    ActivateError, DeviceError, EVENT_QUEUE, GuestCid, QUEUE_MAX, QueueConfig, Signal, VirtQueue,
+    VirtQueues, VsockDevice,
 };
 use crate::carrier::CarrierFault;
 
@@ -173,24 +172,17 @@ impl WireQueue {
         used: 0,
     };
 
-    fn queue(&self) -> Result<Queue, ActivateError> {
-        let invalid = ActivateError::QueueSize {
-            queue: 0,
+    /// As a bus would have configured it. The position is that of both rings.
+    fn config(&self) -> QueueConfig {
+        QueueConfig {
             size: self.size,
-            max: QUEUE_MAX,
-        };
-        let mut queue = Queue::new(self.size).map_err(|_| invalid)?;
-        let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
-        let (low, high) = halves(self.desc);
-        queue.set_desc_table_address(low, high);
-        let (low, high) = halves(self.avail);
-        queue.set_avail_ring_address(low, high);
-        let (low, high) = halves(self.used);
-        queue.set_used_ring_address(low, high);
-        queue.set_next_avail(self.position);
-        queue.set_next_used(self.position);
-        queue.set_ready(true);
-        Ok(queue)
+            ready: true,
+            desc_table: self.desc,
+            avail_ring: self.avail,
+            used_ring: self.used,
+            next_avail: self.position,
+            next_used: self.position,
+        }
     }
 }
 
@@ -213,14 +205,14 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
             wire.session = 1;
             wire.features = self.acked;
             wire.queues = [&active.rx, &active.tx, event].map(|queue| {
-                let [desc, avail, used] = queue.addresses();
+                let config = queue.config();
                 WireQueue {
-                    size: queue.size(),
-                    position: queue.base(),
+                    size: config.size,
+                    position: config.next_avail,
                     zero: 0,
-                    desc,
-                    avail,
-                    used,
+                    desc: config.desc_table,
+                    avail: config.avail_ring,
+                    used: config.used_ring,
                 }
             });
         }
@@ -247,14 +239,14 @@ impl<M: GuestAddressSpace> VsockDevice<M> {
         }
         let [rx, tx, event] = &wire.queues;
         let [rx_kick, tx_kick] = kicks;
-        let with = |queue: &WireQueue, kick| -> Result<_, ActivateError> {
-            let queue = queue.queue()?;
-            Ok(VirtQueue { queue, kick })
+        let with = |queue: &WireQueue, kick| VirtQueue {
+            queue: queue.config(),
+            kick,
         };
         let queues = VirtQueues {
-            rx: with(rx, rx_kick)?,
-            tx: with(tx, tx_kick)?,
-            event: Some(event.queue()?),
+            rx: with(rx, rx_kick),
+            tx: with(tx, tx_kick),
+            event: Some(event.config()),
         };
         let (acked, epoch) = (self.acked, self.epoch);
         self.ack_features(wire.features)?;

@@ -1,8 +1,9 @@
 //! One split virtqueue (virtio 1.3 §2.7) as a burst uses it: it takes heads from the available ring, writes used
 //! elements, and stores the used index **once** per burst.
 //!
-//! `virtio_queue::Queue` holds and checks the configuration. Its `add_used` publishes the index with every chain, and
-//! its iterator ends silently at a broken chain. So the code for each packet is here and in `chain.rs`.
+//! [`QueueConfig`] holds and checks the configuration. `virtio_queue::Queue` is not used for more than that: its
+//! `add_used` publishes the index with every chain, and its iterator ends silently at a broken chain. So the code for
+//! each packet is here and in `chain.rs`.
 //!
 //! Rules:
 //! - Both of the device's indices are private. The driver's index is read once, checked, and kept (`seen_avail`).
@@ -16,10 +17,9 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
-use super::ActivateError;
+use super::{ActivateError, QueueConfig};
 use crate::carrier::CarrierFault;
 
 /// Largest queue that the device accepts, in descriptors.
@@ -54,61 +54,39 @@ impl Virtqueue {
     /// Takes over a queue that the bus has configured, at its current position.
     pub(crate) fn new<M: GuestMemory>(
         index: u16,
-        queue: &Queue,
+        queue: &QueueConfig,
         mem: &M,
         event_idx: bool,
         indirect: bool,
     ) -> Result<Self, ActivateError> {
-        let size = queue.size();
-        if size == 0 || !size.is_power_of_two() || size > QUEUE_MAX {
-            return Err(ActivateError::QueueSize {
-                queue: index,
-                size,
-                max: QUEUE_MAX,
-            });
-        }
-        // An address of 0 was never set (or set misaligned, which `Queue` ignores).
-        let (avail, used) = (queue.avail_ring(), queue.used_ring());
-        if avail == 0 || used == 0 || !queue.is_valid(mem) {
-            return Err(ActivateError::QueueAddress {
-                queue: index,
-                desc: queue.desc_table(),
-                avail,
-                used,
-            });
-        }
+        queue.check(index, mem)?;
         Ok(Self {
-            size,
-            desc: GuestAddress(queue.desc_table()),
-            avail: GuestAddress(avail),
-            used: GuestAddress(used),
+            size: queue.size,
+            desc: GuestAddress(queue.desc_table),
+            avail: GuestAddress(queue.avail_ring),
+            used: GuestAddress(queue.used_ring),
             event_idx,
             indirect,
-            next_avail: Wrapping(queue.next_avail()),
-            seen_avail: Wrapping(queue.next_avail()),
-            next_used: Wrapping(queue.next_used()),
-            published_used: Wrapping(queue.next_used()),
-            checked_used: (queue.next_used() == 0).then_some(Wrapping(0)),
+            next_avail: Wrapping(queue.next_avail),
+            seen_avail: Wrapping(queue.next_avail),
+            next_used: Wrapping(queue.next_used),
+            published_used: Wrapping(queue.next_used),
+            checked_used: (queue.next_used == 0).then_some(Wrapping(0)),
             quiet: false,
         })
     }
 
-    /// Returns true if all three parts of the queue are in `mem`.
-    pub(crate) fn lies_in<M: GuestMemory>(&self, mem: &M) -> bool {
-        use vm_memory::Permissions::{Read, Write};
-        let n = usize::from(self.size);
-        mem.check_range(self.desc, 16 * n, Read)
-            && mem.check_range(self.avail, 6 + 2 * n, Read)
-            && mem.check_range(self.used, 6 + 8 * n, Write)
-    }
-
-    /// The error for a queue that is not in guest memory.
-    pub(crate) fn not_in_memory(&self, queue: u16) -> ActivateError {
-        ActivateError::QueueAddress {
-            queue,
-            desc: self.desc.0,
-            avail: self.avail.0,
-            used: self.used.0,
+    /// The configuration of the queue, at its current position. No descriptor is held, so every buffer that was taken
+    /// is returned.
+    pub(crate) fn config(&self) -> QueueConfig {
+        QueueConfig {
+            size: self.size,
+            ready: true,
+            desc_table: self.desc.0,
+            avail_ring: self.avail.0,
+            used_ring: self.used.0,
+            next_avail: self.next_avail.0,
+            next_used: self.next_used.0,
         }
     }
 
@@ -118,11 +96,6 @@ impl Virtqueue {
 
     pub(crate) fn desc_table(&self) -> GuestAddress {
         self.desc
-    }
-
-    /// Guest addresses of the descriptor table, the available ring and the used ring.
-    pub(crate) fn addresses(&self) -> [u64; 3] {
-        [self.desc.0, self.avail.0, self.used.0]
     }
 
     pub(crate) fn indirect(&self) -> bool {

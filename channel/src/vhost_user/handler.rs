@@ -187,8 +187,8 @@ impl Handler {
             tx: build(tx, self.queue_max, table)?,
             event: None,
         };
-        let lags = [&queues.rx.queue, &queues.tx.queue]
-            .map(|q| q.next_avail().wrapping_sub(q.next_used()));
+        let lags =
+            [&queues.rx.queue, &queues.tx.queue].map(|q| q.next_avail.wrapping_sub(q.next_used));
         let start = Start {
             mem: table.memory().clone(),
             features: features & FEATURES,
@@ -287,7 +287,7 @@ fn build(vring: &Vring, queue_max: u16, table: &MemTable) -> Result<VirtQueue> {
         .map_err(|e| refused(e.to_string()))?;
     queue.set_next_used(used.0);
     Ok(VirtQueue {
-        queue,
+        queue: queue.into(),
         kick: clone_fd(&vring.kick)?,
     })
 }

@@ -15,7 +15,6 @@ use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{Result, VhostUserBackendReqHandlerMut};
-use virtio_queue::QueueT;
 
 use super::command::{Command, Driver, Link, Paused, Start};
 use super::handler::Handler;
@@ -174,7 +173,7 @@ fn describe(start: &Start) -> Received {
     let queues = [&start.queues.rx, &start.queues.tx];
     Received::Start {
         driver: start.driver,
-        bases: queues.map(|q| q.queue.next_avail()),
+        bases: queues.map(|q| q.queue.next_avail),
         kicked: queues.map(|q| q.kick.as_ref().is_some_and(readable)),
     }
 }
