@@ -2,7 +2,7 @@
 //!
 //! | code | who says it | in a hello |
 //! |---|---|---|
-//! | `unknown-vm`, `ambiguous`, `not-allowed`, `too-often`, `no-port-process`, `internal` | the host, before it dials | |
+//! | `unknown-vm`, `ambiguous`, `not-allowed`, `too-often`, `locked`, `no-port-process`, `internal` | the host, before it dials | |
 //! | `no-session`, `no-agent`, `no-listener`, `no-answer`, `reset`, `foreign` | the channel | |
 //! | `version`, `unknown-service`, `denied`, `wrong-vm` | the listener of a hello | 1, 2, 3, 6 |
 //! | `dial-failed`, `dial-timed-out` | the guest, of its own dial | 4, with its errno |
@@ -32,6 +32,8 @@ pub enum Code {
     NotAllowed,
     /// The host's rules allow so many a second, and there were as many.
     TooOften,
+    /// Its operator has locked the VM.
+    Locked,
     /// The VM's port process does not run.
     NoPortProcess,
     /// The host itself failed.
@@ -74,11 +76,12 @@ pub enum Code {
 
 impl Code {
     /// One of each.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::UnknownVm,
         Self::Ambiguous,
         Self::NotAllowed,
         Self::TooOften,
+        Self::Locked,
         Self::NoPortProcess,
         Self::Internal,
         Self::NoSession,
@@ -134,6 +137,7 @@ impl Code {
             | Self::Ambiguous
             | Self::NotAllowed
             | Self::TooOften
+            | Self::Locked
             | Self::NoPortProcess
             | Self::Internal
             | Self::NoSession
@@ -172,6 +176,7 @@ impl fmt::Display for Code {
             Self::Ambiguous => "ambiguous",
             Self::NotAllowed => "not-allowed",
             Self::TooOften => "too-often",
+            Self::Locked => "locked",
             Self::NoPortProcess => "no-port-process",
             Self::Internal => "internal",
             Self::NoSession => "no-session",

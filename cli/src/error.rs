@@ -23,6 +23,9 @@ pub const UNWELL: u8 = 6;
 /// Exit status 124: time is up, as `timeout` has it.
 const TIMEOUT: u8 = 124;
 
+/// Exit status 130: by Ctrl-C, as a shell has it.
+const INTERRUPTED: u8 = 130;
+
 /// A failed command.
 #[derive(Debug, Serialize)]
 pub struct Failure {
@@ -56,6 +59,14 @@ impl Failure {
             help: String::new(),
             passing: matches!(code, "unreachable" | "cut-off" | "busy"),
             exit,
+        }
+    }
+
+    /// Somebody has pressed Ctrl-C.
+    pub fn interrupted(message: impl Into<String>) -> Self {
+        Self {
+            exit: INTERRUPTED,
+            ..Self::new("interrupted", message)
         }
     }
 

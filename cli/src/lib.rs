@@ -70,6 +70,7 @@ Exit status:
     5  a step did not succeed (`task watch`, `goal apply --watch`)
     6  something is wrong with aditd or a VM (`doctor`)
   124  the time of --timeout is over
+  130  Ctrl-C; of `vm rm --drain`: the VM stays locked
   141  whoever reads standard output has closed it, as with `adit vm ls | head -1`";
 
 /// Heading of the options that every command has.

@@ -97,6 +97,8 @@ fn table(vms: &[VmAt]) -> Result<(), Failure> {
         let (state, by) = match &vm.by_map_of {
             // Nobody has looked.
             Some(of) => ("-", format!("the map of {of}")),
+            None if vm.locked && vm.live => ("live, locked", vm.host.clone()),
+            None if vm.locked => ("down, locked", vm.host.clone()),
             None if vm.live => ("live", vm.host.clone()),
             None => ("down", vm.host.clone()),
         };

@@ -7,6 +7,7 @@ mod access;
 mod carrier;
 mod certificates;
 mod check;
+mod discover;
 pub mod hosts;
 mod keys;
 mod log;
@@ -32,6 +33,7 @@ pub use carrier::{CarrierConfig, Hybrid};
 pub use certificates::{Files, Pem, Terms};
 pub use check::Problem;
 use check::{Document, Documents};
+pub use discover::{DISCOVERS_MAX, DiscoverConfig, Pattern};
 pub use hosts::{HOSTS_MAX, HostConfig, Peers, Pin};
 pub use keys::{Key, example, keys};
 pub use log::{ACCESS_LOGS, AccessLog, AuditConfig, LogConfig};
@@ -129,6 +131,8 @@ pub struct Config {
     pub host: Vec<HostConfig>,
     /// What this one shows them.
     pub peers: Peers,
+    /// Directories with VMMs' sockets.
+    pub discover: Vec<DiscoverConfig>,
     /// The VMs that are always there.
     pub vm: Vec<VmConfig>,
 }
@@ -342,6 +346,7 @@ impl Default for Config {
             token: Vec::new(),
             host: Vec::new(),
             peers: Peers::default(),
+            discover: Vec::new(),
             vm: Vec::new(),
         }
     }
@@ -438,7 +443,7 @@ impl Config {
         Self::of(&Sources::read(path)?)
     }
 
-    /// The settings that a running aditd does not change: without VMs, grants, tokens, other hosts and certificates.
+    /// The settings that a running aditd does not change: without VMs and where they are found, grants, tokens, other hosts and certificates.
     pub fn settings(&self) -> Self {
         let mut settings = Self {
             vm: Vec::new(),
@@ -446,6 +451,7 @@ impl Config {
             token: Vec::new(),
             host: Vec::new(),
             peers: Peers::default(),
+            discover: Vec::new(),
             ..self.clone()
         };
         for listen in &mut settings.listen {
@@ -464,6 +470,7 @@ impl Config {
             token,
             host,
             peers,
+            discover,
             ..
         } = newer;
         Self {
@@ -472,6 +479,7 @@ impl Config {
             token,
             host,
             peers,
+            discover,
             ..self
         }
     }

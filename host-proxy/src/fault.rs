@@ -15,6 +15,8 @@ pub enum FaultKind {
     PortProcess,
     /// The guest or its VMM broke the protocol of the device or the ring.
     Transport,
+    /// The guest is to be reached by a carrier that is not there.
+    Carrier,
     /// The guest is enrolled as another VM, as a copy of that one's image is, or as none.
     Enrolment,
     /// The guest's disk is a copy of another guest's.
@@ -38,6 +40,7 @@ impl FaultKind {
             Self::PowerCycle => "power-cycle",
             Self::PortProcess => "port-process",
             Self::Transport => "transport",
+            Self::Carrier => "carrier",
             Self::Enrolment => "enrolment",
             Self::Clone => "clone",
             Self::Card => "card",

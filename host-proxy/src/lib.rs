@@ -39,6 +39,7 @@ pub mod enrolment;
 pub mod events;
 pub mod fault;
 pub mod fdstore;
+pub mod found;
 pub mod front;
 pub mod identity;
 pub mod keeper;
@@ -137,8 +138,8 @@ async fn in_one(boot: Boot) -> anyhow::Result<()> {
         Store::new(passed),
         false,
     );
-    privileged.outward.set(&config);
-    let outward = privileged.clone();
+    privileged.set(&config);
+    let known = privileged.clone();
     let listeners = Listeners::bind(&config)?;
     let addresses = Listeners::of(
         &config,
@@ -166,7 +167,7 @@ async fn in_one(boot: Boot) -> anyhow::Result<()> {
             let text = tokio::task::spawn_blocking(move || reload::read_again(&file)).await;
             let text = text.unwrap_or_else(|e| Err(e.to_string()));
             if let Ok(Ok(config)) = text.as_ref().map(config::Config::of) {
-                outward.outward.set(&config);
+                known.set(&config);
             }
             if tell.send(text).await.is_err() {
                 return;

@@ -183,6 +183,11 @@ impl<K: Eq + Hash + Clone> Shares<K> {
 }
 
 impl<K: Eq + Hash> Shares<K> {
+    /// How many this one has.
+    pub fn taken(&self, key: &K) -> usize {
+        self.held().get(key).map_or(0, |held| held.taken)
+    }
+
     fn held(&self) -> MutexGuard<'_, HashMap<K, Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }

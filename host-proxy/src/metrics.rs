@@ -49,6 +49,11 @@ const READY: Metric = Metric {
     labels: &["vm"],
     help: "1 while the VM's agent is connected, else 0",
 };
+const LOCKED: Metric = Metric {
+    name: "adit_vm_locked",
+    labels: &["vm"],
+    help: "1 while the VM is locked: no new task and no new tunnel goes there, else 0",
+};
 const STREAMS: Metric = Metric {
     name: "adit_vm_streams",
     labels: &["vm"],
@@ -57,7 +62,7 @@ const STREAMS: Metric = Metric {
 const FAULT: Metric = Metric {
     name: "adit_vm_fault",
     labels: &["vm", "kind"],
-    help: "1 while the VM has a fault of that kind: power-cycle, port-process, transport, enrolment, clone, card, trust, agent, \
+    help: "1 while the VM has a fault of that kind: power-cycle, port-process, transport, carrier, enrolment, clone, card, trust, agent, \
            policy or journal",
 };
 const DIALS: Metric = Metric {
@@ -125,8 +130,8 @@ const CONFIG: Metric = Metric {
 
 /// All metrics.
 pub const METRICS: &[Metric] = &[
-    REQUESTS, TASKS, READY, STREAMS, FAULT, DIALS, DIAL_TIME, FIRST_BYTE, QUEUED, CLOCK, CARD,
-    ACCEPTED, OPEN, OPEN_MAX, TURNED, ANSWERS, CONFIG,
+    REQUESTS, TASKS, READY, LOCKED, STREAMS, FAULT, DIALS, DIAL_TIME, FIRST_BYTE, QUEUED, CLOCK,
+    CARD, ACCEPTED, OPEN, OPEN_MAX, TURNED, ANSWERS, CONFIG,
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -4,10 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use adit_blob::Digest;
 use adit_names::VmId;
 
 use crate::config::{VMS_MAX, VmConfig};
 use crate::vm::{Origin, VmEntry};
+
+/// CIDs that aditd chooses begin here. People choose small ones, and a file with one that is taken would be refused.
+pub const CHOSEN_MIN: u64 = 1 << 30;
 
 /// Why a VM cannot be added.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +24,14 @@ pub enum AddError {
     CidTaken {
         /// The CID.
         cid: u64,
+        /// Who has it.
+        by: VmId,
+    },
+    /// Another VM has the socket of the VMM.
+    #[error("the socket {} is that of `{by}`'s VMM already", path.display())]
+    SocketTaken {
+        /// Its path.
+        path: PathBuf,
         /// Who has it.
         by: VmId,
     },
@@ -74,12 +86,37 @@ impl Registry {
                 by: other.name.clone(),
             });
         }
+        if let Some(hybrid) = config.carrier.hybrid() {
+            let has = |v: &&Arc<VmEntry>| {
+                let spec = v.spec();
+                let other = spec.carrier.hybrid();
+                // As `Path` compares: without empty parts and `.`.
+                other.is_some_and(|other| other.hybrid == hybrid.hybrid)
+            };
+            if let Some(other) = vms.values().find(has) {
+                return Err(AddError::SocketTaken {
+                    path: hybrid.hybrid.clone(),
+                    by: other.name.clone(),
+                });
+            }
+        }
         if vms.len() >= VMS_MAX {
             return Err(AddError::Full);
         }
         let entry = Arc::new(VmEntry::new(&self.run_dir, config, origin));
         vms.insert(entry.name.clone(), entry.clone());
         Ok(entry)
+    }
+
+    /// A CID that no VM has, of those that nobody writes down: for a VM whose CID means nothing to its VMM. It is of the name, so that the
+    /// next aditd finds the port process with the same.
+    pub fn free_cid(&self, name: &VmId) -> u64 {
+        let vms = self.vms.read().unwrap_or_else(PoisonError::into_inner);
+        let taken: BTreeSet<u64> = vms.values().map(|vm| vm.cid).collect();
+        let Digest([a, b, c, d, ..]) = Digest::of(name.as_str().as_bytes());
+        let first = CHOSEN_MIN + u64::from(u32::from_be_bytes([a, b, c, d])) % CHOSEN_MIN;
+        // There are fewer VMs than numbers.
+        (first..).find(|cid| !taken.contains(cid)).unwrap_or(first)
     }
 
     /// Takes a VM out.
@@ -125,6 +162,23 @@ mod tests {
         assert!(matches!(taken, Err(AddError::CidTaken { cid: 3, .. })));
         r.remove(&"a".parse().unwrap()).unwrap();
         r.add(vm("b", 3), Origin::Api).unwrap();
+        let name = "d".parse().unwrap();
+        let free = r.free_cid(&name);
+        assert!((CHOSEN_MIN..2 * CHOSEN_MIN).contains(&free));
+        assert_eq!(r.free_cid(&name), free);
+        r.add(vm("d", free), Origin::Api).unwrap();
+        assert_eq!(r.free_cid(&name), free + 1);
+        let hybrid = |name: &str, cid, path: &str| {
+            let carrier = format!(r#"{{"hybrid": "{path}"}}"#);
+            VmConfig {
+                carrier: serde_json::from_str(&carrier).unwrap(),
+                ..vm(name, cid)
+            }
+        };
+        r.add(hybrid("e", 6, "/a/v.sock"), Origin::Api).unwrap();
+        let taken = r.add(hybrid("f", 7, "/a/./v.sock"), Origin::Api);
+        assert!(matches!(taken, Err(AddError::SocketTaken { .. })));
+        r.add(hybrid("f", 7, "/a/w.sock"), Origin::Api).unwrap();
         r.reserve(["c".parse().unwrap()]);
         let taken = r.add(vm("c", 5), Origin::Api);
         assert!(matches!(taken, Err(AddError::HostHasIt(_))));

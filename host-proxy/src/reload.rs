@@ -56,6 +56,7 @@ impl Reloads {
             error,
             restart,
             users_unknown: None,
+            discover: Vec::new(),
         }
     }
 
@@ -119,6 +120,8 @@ async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, Strin
     let mut restart = differences(&state.config, &new);
     let (grants, tokens) = (new.grants(), Tokens::new(&new.token));
     check_names(state, &new)?;
+    // A VM that is found takes no name of the file's meanwhile.
+    let turn = state.found.turn.lock().await;
     let plan = Plan::new(&state.registry.all(), std::mem::take(&mut new.vm))?;
     for vm in &plan.add {
         // In the directory that is in use, whatever the file says now.
@@ -163,6 +166,8 @@ async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, Strin
             }
         }
     }
+    drop(turn);
+    state.found.renew(state, &new.discover);
     state.access_changed.notify_one();
     tracing::info!(added, removed, changed, "the configuration is applied");
     let counts = format!("VMs: {added} added, {removed} removed, {changed} changed");
@@ -316,6 +321,12 @@ impl Plan {
                         "there is a VM `{name}` already, which was added with `adit vm add`: remove it first, or take it out \
                          of the file"
                     ));
+                }
+                // What is configured comes first.
+                Some(vm) if matches!(vm.origin, Origin::Found { .. }) => {
+                    stay.remove(&vm.cid);
+                    plan.remove.push(vm.clone());
+                    plan.add.push(config);
                 }
                 Some(vm) => {
                     if vm.cid != config.cid {

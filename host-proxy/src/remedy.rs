@@ -15,6 +15,9 @@ pub fn of(code: Code) -> &'static str {
         Code::TooOften => {
             "ask less often, or raise `connections_per_s` of the grant or of the VM in aditd.toml"
         }
+        Code::Locked => {
+            "wait for whoever locked it, or open it on its host: `adit vm unlock` with its name"
+        }
         Code::Denied => {
             "the guest's own list or policy forbids it: `allow_ports` and `[[service]]` in adit-guest.toml, policy.toml"
         }

@@ -134,6 +134,8 @@ impl Service {
         state.events.note(HostEventKind::Started, None, "");
         vms::load(&state).await?;
         state.monitor.forget_others().await;
+        state.found.renew(&state, &state.config.discover);
+        state.found.first().await;
         let fronts = state.config.fronts();
         let bound = listeners.fronts.iter().map(Bound::tcp).collect();
         // It is set here only.

@@ -25,6 +25,7 @@ use crate::config::{Config, Role, Speak};
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
 use crate::events::Events;
+use crate::found::Found;
 use crate::front::tls::Tls;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
@@ -66,6 +67,8 @@ pub struct State {
     pub events: Arc<Events>,
     /// What needs root.
     pub monitor: Monitor,
+    /// VMs that are found.
+    pub found: Found,
     /// The VMs.
     pub registry: Arc<Registry>,
     /// Their tasks.
@@ -147,6 +150,7 @@ impl State {
             bound: OnceLock::new(),
             reloads: Reloads::default(),
             monitor,
+            found: Found::default(),
             metrics,
             blobs,
             boot_nonce,

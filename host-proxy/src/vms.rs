@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`Origin::File`] | `aditd.toml` | SIGHUP ([`reload`](crate::reload)) |
 //! | [`Origin::Api`] | the database | `PATCH /v1/vms/{name}` |
+//! | [`Origin::Found`] | a section `[[discover]]` | SIGHUP; it comes and goes with its socket ([`found`](crate::found)) |
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -117,6 +118,7 @@ pub async fn remove(state: &Arc<State>, vm: &Arc<VmEntry>) -> Result<(), DeskErr
     }
     // Only now is the name free: whoever takes it gets a port process and a directory of its own.
     state.registry.remove(&vm.name);
+    state.found.look_again();
     Ok(())
 }
 

@@ -155,6 +155,7 @@ impl Host {
             vm: NewVm {
                 name: name.to_string(),
                 cid: vsock.cid.get(),
+                carrier: None,
                 allow: self.allow.clone(),
                 allow_vsock: self.allow_vsock.clone(),
                 allow_services: vec![],

@@ -1,11 +1,13 @@
 //! `adit vm …` and `adit wait`.
 
+mod add;
+mod lock;
 mod show;
 mod wait;
 
 use std::str::FromStr;
 
-use adit_api::{NewVm, Vm, VmChange};
+use adit_api::{Vm, VmChange};
 use clap::{ArgGroup, Args, Subcommand};
 
 use crate::client::Client;
@@ -15,12 +17,6 @@ use crate::output;
 use crate::text::Format;
 
 pub use wait::{Wait, wait};
-
-const ADD_EXAMPLE: &str = "\
-Example:
-  adit vm add web-3 --cid 5 --allow 80,22
-
-`vhost-user` in the answer is the socket that its VMM connects to. The VMs of aditd.toml need not be added.";
 
 const SET_EXAMPLE: &str = "\
 Examples:
@@ -46,24 +42,7 @@ pub enum VmCommand {
         #[arg(add = completion::vms())]
         name: String,
     },
-    /// Add a VM; it is kept over restarts of aditd
-    #[command(after_help = ADD_EXAMPLE)]
-    Add {
-        /// Name of the VM: a-z, 0-9 and inner '-'
-        name: String,
-        /// Its CID: 3 or more, and no other VM's
-        #[arg(long)]
-        cid: u64,
-        /// Guest TCP ports that may be reached
-        #[arg(long, value_delimiter = ',', value_name = "PORT,…")]
-        allow: Vec<u16>,
-        /// Plain AF_VSOCK ports that may be reached, as host vsock-PORT.NAME
-        #[arg(long, value_delimiter = ',', value_name = "PORT,…")]
-        allow_vsock: Vec<u32>,
-        /// Services that may be reached, by the names that the guest's own configuration has for them
-        #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
-        allow_service: Vec<String>,
-    },
+    Add(add::Add),
     /// Change what may be reached in a VM, and how it is polled, while it runs
     #[command(after_help = SET_EXAMPLE)]
     Set(Set),
@@ -71,6 +50,13 @@ pub enum VmCommand {
     ///
     /// Open tunnels and the agent's connection end; the VM keeps its channel.
     Reload {
+        /// Name of the VM
+        #[arg(add = completion::vms())]
+        name: String,
+    },
+    Lock(lock::Lock),
+    /// Let new tunnels and tasks into a VM again
+    Unlock {
         /// Name of the VM
         #[arg(add = completion::vms())]
         name: String,
@@ -86,6 +72,8 @@ pub enum VmCommand {
         /// Remove it even while its VMM holds it: the VM runs on, without a channel until it is started again
         #[arg(long)]
         force: bool,
+        #[command(flatten)]
+        drain: lock::Drain,
     },
 }
 
@@ -140,22 +128,9 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
         VmCommand::Ls { all_hosts: true } => crate::resolve::all(client, format).await,
         VmCommand::Ls { .. } => show::list(&client.get::<Vec<Vm>>("/v1/vms").await?, format),
         VmCommand::Show { name } => show::show(&client.get(&path(name)?).await?, format),
-        VmCommand::Add {
-            name,
-            cid,
-            allow,
-            allow_vsock,
-            allow_service,
-        } => {
-            let new = NewVm {
-                name: name.clone(),
-                cid: *cid,
-                allow: allow.clone(),
-                allow_vsock: allow_vsock.clone(),
-                allow_services: allow_service.clone(),
-            };
-            show::show(&client.post("/v1/vms", &new).await?, format)
-        }
+        VmCommand::Add(add) => add::run(add, client, format).await,
+        VmCommand::Lock(lock) => lock::lock(lock, client, format).await,
+        VmCommand::Unlock { name } => lock::unlock(name, client, format).await,
         VmCommand::Set(set) => {
             let change = VmChange {
                 allow: set.allow.clone().map(|Ports(ports)| ports),
@@ -181,7 +156,8 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
                 }
             }
         }
-        VmCommand::Rm { name, force } => {
+        VmCommand::Rm { name, force, drain } => {
+            drain.run(name, *force, client, format).await?;
             let query = if *force { "?force=true" } else { "" };
             client.delete(&format!("{}{query}", path(name)?)).await?;
             match format {

@@ -1,6 +1,6 @@
 //! How VMs are printed: a table of all, or all of one.
 
-use adit_api::doctor::NO_GOAL_KEYS;
+use adit_api::doctor::{NO_GOAL_KEYS, locked};
 use adit_api::{Card, Carrier, CarrierKind, Trust, TrustRefused, Vm};
 
 use crate::error::Failure;
@@ -29,12 +29,22 @@ fn begin(text: &str) -> String {
     }
 }
 
+/// Where its settings are.
+fn origin(vm: &Vm) -> &str {
+    match vm.origin.as_deref() {
+        None => "-",
+        Some("file") => "aditd.toml",
+        Some("api") => "vm add",
+        Some(other) => other,
+    }
+}
+
 pub fn list(vms: &[Vm], format: Format) -> Result<(), Failure> {
     if format == Format::Json {
         return output::json(&vms);
     }
     if vms.is_empty() {
-        let text = "no VMs: add one with `adit vm add NAME --cid N --allow 80`, or in aditd.toml";
+        let text = "no VMs: add one with `adit vm add NAME --allow 80`, or in aditd.toml";
         return output::line(text);
     }
     let dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
@@ -44,12 +54,16 @@ pub fn list(vms: &[Vm], format: Format) -> Result<(), Failure> {
             [
                 vm.name.clone(),
                 vm.cid.to_string(),
-                vm.state.name().into(),
+                match vm.lock {
+                    None => vm.state.name().into(),
+                    Some(_) => format!("{}, locked", vm.state.name()),
+                },
                 dash(&vm.agent),
                 dash(&vm.kernel),
                 ago(vm.last_seen_ms),
                 vm.queued.to_string(),
                 vm.streams.to_string(),
+                origin(vm).to_owned(),
                 fault(vm).map_or_else(|| "-".into(), |text| begin(&text)),
             ]
         })
@@ -64,6 +78,7 @@ pub fn list(vms: &[Vm], format: Format) -> Result<(), Failure> {
             "LAST-SEEN",
             "QUEUE",
             "STREAMS",
+            "FROM",
             "FAULT",
         ],
         &rows,
@@ -84,6 +99,7 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
     let mut rows = vec![
         ["name", &vm.name].map(str::to_owned),
         ["state", vm.state.name()].map(str::to_owned),
+        ["from", origin(vm)].map(str::to_owned),
         ["cid".into(), vm.cid.to_string()],
         [
             "agent".into(),
@@ -98,6 +114,8 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ["services".into(), ports(join(&vm.allow_services))],
         ["busy poll".into(), format!("{} us", vm.busy_poll_us)],
     ];
+    let lock = vm.lock.iter();
+    rows.extend(lock.map(|lock| ["lock".into(), locked(lock)]));
     // With its own sockets, a VMM connects to none of these.
     if vm.carrier.hybrid.is_none() {
         rows.extend([
@@ -107,6 +125,10 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ]);
     }
     rows.push(["carrier".into(), carrier(&vm.carrier)]);
+    let why = vm.carrier.way.iter().zip(&vm.carrier.way_why);
+    rows.extend(why.map(|(way, why)| ["reached by".into(), format!("{way}; {why}")]));
+    let costs = vm.carrier.costs.iter();
+    rows.extend(costs.map(|costs| ["costs".into(), costs.clone()]));
     if !vm.pending.is_empty() {
         let said = format!(
             "{}: in force after `adit vm reload {}`",

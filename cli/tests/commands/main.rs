@@ -20,6 +20,7 @@ mod printing;
 mod proxy;
 mod ssh;
 mod trust;
+mod vms;
 mod waiting;
 mod watching;
 
@@ -206,7 +207,7 @@ fn a_wrong_command_line_is_status_2_and_names_no_option_that_nobody_gave() {
         assert!(!said.contains("--socket"), "{args:?}: {said}");
     }
     let help = text(&adit(dir.path(), &["--help"]).stdout);
-    for status in ["0", "1", "2", "3", "4", "5", "124", "141"] {
+    for status in ["0", "1", "2", "3", "4", "5", "124", "130", "141"] {
         let told = help
             .lines()
             .any(|l| l.trim_start().starts_with(&format!("{status}  ")));

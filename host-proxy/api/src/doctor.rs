@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigStatus, GrantShown, Vm, VmFault, VmState};
+use crate::{ConfigStatus, DiscoverShown, GrantShown, Vm, VmFault, VmLock, VmState};
 
 /// What to do about a configuration file that aditd has refused.
 pub const CONFIG_REFUSED: &str =
@@ -16,6 +16,11 @@ pub const USERS_UNKNOWN: &str = "`modprobe tcp_diag` (a kernel with CONFIG_INET_
                                  listener at `unix:PATH`, or with a token";
 /// What to do about a guest that has no key of a manager.
 pub const NO_GOAL_KEYS: &str = "it runs no task; put a key into the guest's trust_dir";
+/// What to do about a VM that is to have a ring, and has none.
+const NO_RING: &str = "give the VM the memory of a ring, as docs/which-carrier.md has it, or set `carrier = \"auto\"`; until then its services go over \
+                       vsock";
+/// What to do about a socket that is found and not used.
+const NOT_FOUND: &str = "mend owner and mode, or the name: docs/with-your-vmm.md has the rules; aditd looks again by itself";
 /// From how far on a guest's clock is wrong. Goals are valid by it.
 pub const CLOCK_OFF_MS: u64 = 60_000;
 /// For how long a dial that failed is news: somebody may have asked for a wrong port.
@@ -144,8 +149,28 @@ pub fn of_host(config: &ConfigStatus) -> Vec<Finding> {
         );
         failed("users", says, USERS_UNKNOWN)
     });
+    let found = (!config.discover.is_empty()).then(|| discovery(&config.discover));
     let all = [ok("host", format!("aditd {version} answers")), file];
-    all.into_iter().chain(users).collect()
+    all.into_iter().chain(users).chain(found).collect()
+}
+
+/// Looks at the directories in which VMs are found.
+fn discovery(all: &[DiscoverShown]) -> Finding {
+    let refused: Vec<&str> = all
+        .iter()
+        .flat_map(|of| &of.refused)
+        .map(String::as_str)
+        .collect();
+    if !refused.is_empty() {
+        return failed("discovery", refused.join("; "), NOT_FOUND);
+    }
+    let each = all.iter().map(|of| {
+        let DiscoverShown {
+            dir, pattern, vms, ..
+        } = of;
+        format!("{vms} VMs at {dir}/{pattern}")
+    });
+    ok("discovery", each.collect::<Vec<_>>().join("; "))
 }
 
 /// Looks at a host that does not tell us of its configuration.
@@ -181,6 +206,8 @@ pub fn access(grants: &[GrantShown]) -> Finding {
 /// Looks at a VM.
 pub fn of_vm(vm: &Vm) -> Vec<Finding> {
     let mut found = channel(vm);
+    found.push(carrier(vm));
+    found.push(lock(vm));
     found.push(agent(vm));
     found.push(version(vm));
     found.extend(
@@ -255,6 +282,40 @@ fn channel(vm: &Vm) -> Vec<Finding> {
         _ => unknown("session", "no VMM"),
     };
     vec![port, vmm, device, session]
+}
+
+/// The way to the guest, and what it costs.
+fn carrier(vm: &Vm) -> Finding {
+    let carrier = &vm.carrier;
+    if let Some(why) = fault(vm, &["carrier"]) {
+        return failed("carrier", why, NO_RING);
+    }
+    let Some(way) = &carrier.way else {
+        return unknown("carrier", "this aditd does not say");
+    };
+    let why = carrier.way_why.iter();
+    let said = [way].into_iter().chain(why).map(String::as_str);
+    let costs = carrier.costs.iter().map(String::as_str);
+    ok("carrier", said.chain(costs).collect::<Vec<_>>().join("; "))
+}
+
+/// Whether anything new goes there.
+fn lock(vm: &Vm) -> Finding {
+    match &vm.lock {
+        None => ok("lock", "it is open"),
+        Some(lock) => failed(
+            "lock",
+            locked(lock),
+            format!("`adit vm unlock {}`, when that is over", vm.name),
+        ),
+    }
+}
+
+/// What a lock says: why, who, since when.
+pub fn locked(lock: &VmLock) -> String {
+    let VmLock { reason, by, since } = lock;
+    let why = if reason.is_empty() { "" } else { ": " };
+    format!("locked by {by} since {since}{why}{reason}")
 }
 
 fn agent(vm: &Vm) -> Finding {
@@ -373,7 +434,13 @@ fn last_dial(vm: &Vm) -> Finding {
 /// Faults of kinds that a later aditd has, and of one before, which says all in one text.
 fn others(vm: &Vm) -> Vec<Finding> {
     const REMEDY: &str = "`adit vm show` has it whole";
-    let known = ["power-cycle", "port-process", "transport", "card"];
+    let known = [
+        "power-cycle",
+        "port-process",
+        "transport",
+        "carrier",
+        "card",
+    ];
     let is_known = |kind: &str| {
         known.contains(&kind) || BY_AGENT.iter().any(|(_, kinds, ..)| kinds.contains(&kind))
     };

@@ -16,6 +16,10 @@ pub enum HostEventKind {
     VmAdded,
     /// A VM is no more.
     VmRemoved,
+    /// A VM is locked; `text` says why, and who did it.
+    VmLocked,
+    /// A VM is open again.
+    VmUnlocked,
     /// A VM is in another `state`, see [`VmState`](crate::VmState).
     VmState,
     /// A task is in another `state`, see [`TaskState`](crate::TaskState).
@@ -43,6 +47,8 @@ impl HostEventKind {
             Self::Started => "started",
             Self::VmAdded => "vm-added",
             Self::VmRemoved => "vm-removed",
+            Self::VmLocked => "vm-locked",
+            Self::VmUnlocked => "vm-unlocked",
             Self::VmState => "vm-state",
             Self::Task => "task",
             Self::ConfigReloaded => "config-reloaded",
@@ -96,6 +102,8 @@ mod tests {
             HostEventKind::Started,
             HostEventKind::VmAdded,
             HostEventKind::VmRemoved,
+            HostEventKind::VmLocked,
+            HostEventKind::VmUnlocked,
             HostEventKind::VmState,
             HostEventKind::Task,
             HostEventKind::ConfigReloaded,

@@ -9,12 +9,14 @@
 //! | `GET /v1/openapi.json` | → this table for programs: OpenAPI 3.1, made from these types |
 //! | `GET /v1/vms` | → `Vec<Vm>`, by name |
 //! | `GET /v1/vms?limit=N&after=CURSOR` | → at most N (and at most 500) of them; the field `adit-next` has the next page's cursor, and is not there with the last page |
-//! | `POST /v1/vms` | `NewVm` → `Vm`; 409 for a taken name or CID |
+//! | `POST /v1/vms` | `NewVm` → `Vm`; 409 for a taken name, CID or socket; a path is the owner's to name |
 //! | `GET /v1/vms/{name}` | → `Vm` |
 //! | `PATCH /v1/vms/{name}` | `VmChange` → `Vm`; 409 for a VM of `aditd.toml`, 422 for what cannot change |
 //! | `DELETE /v1/vms/{name}?force=true` | ends its port process; 409 for a VM that its VMM holds, without `force` |
+//! | `POST /v1/vms/{name}/lock` | `NewLock` → `Vm`: no new task and no new tunnel goes there. Of a VM that is locked it replaces the reason |
+//! | `DELETE /v1/vms/{name}/lock` | opens it again |
 //! | `POST /v1/vms/{name}/reload` | a new port process goes on with the VMM → `Vm` once it serves; streams end |
-//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 says what is known; 404 if it is removed meanwhile |
+//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 says what is known; 404 if it is removed meanwhile. `for=drained`: once a locked VM has no tunnel, no request and no task left |
 //! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered); 422 for one whose `not_after` has passed. VMs of other hosts are served by these; 502 `partly-queued` says which VMs have it where a host fails after another has taken it |
 //! | `GET /v1/goals?newest=N&before=CURSOR&id=` | → `Vec<GoalSummary>`: the newest N (at most 500) before the cursor, in the order in which they were accepted; `id`: the last digits; the field `adit-earlier` has the cursor of those before, and is not there with the first page |
 //! | `GET /v1/goals/{goal_id}` | → `Goal`, with what other hosts have of it |
@@ -51,6 +53,7 @@
 //! for wrong tokens; what a caller may not see is answered for as what is not there.
 #![forbid(unsafe_code)]
 
+mod carrier;
 pub mod doctor;
 mod event;
 #[cfg(feature = "openapi")]
@@ -62,6 +65,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use carrier::{CarrierName, NewCarrier, NewHybrid};
 pub use event::{HostEvent, HostEventKind};
 pub use state::{TaskState, VmState};
 
@@ -174,6 +178,38 @@ pub struct Vm {
     /// The last dial into it that ended; none: there was none since aditd was started.
     #[serde(default)]
     pub last_dial: Option<LastDial>,
+    /// It is locked: no new task and no new tunnel goes there.
+    #[serde(default)]
+    pub lock: Option<VmLock>,
+    /// Where its settings come from: `file` (aditd.toml), `api` (`adit vm add`), `found` (a socket in a directory of `[[discover]]`); a later
+    /// aditd may have others.
+    #[serde(default)]
+    pub origin: Option<String>,
+}
+
+/// Why a VM is locked.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmLock {
+    /// In the words of whoever locked it; may be empty.
+    pub reason: String,
+    /// Who that was, as grants name callers; `owner`: who may use aditd's own socket.
+    pub by: String,
+    /// RFC 3339; since when.
+    pub since: String,
+}
+
+/// Most characters of [`NewLock::reason`].
+pub const LOCK_REASON_MAX: usize = 200;
+
+/// Locks a VM.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewLock {
+    /// Why, in one line: at most [`LOCK_REASON_MAX`] characters, none of which is a control character.
+    #[serde(default)]
+    pub reason: String,
 }
 
 /// A VM, and the host that has it.
@@ -189,6 +225,9 @@ pub struct VmAt {
     /// Generation of its card, where that host believes one.
     #[serde(default)]
     pub generation: Option<u64>,
+    /// It is locked.
+    #[serde(default)]
+    pub locked: bool,
     /// The host whose map file says so, where the one that has it does not; none: that one has said it itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by_map_of: Option<String>,
@@ -414,6 +453,18 @@ pub struct Carrier {
     pub kind: CarrierKind,
     /// Why.
     pub why: String,
+    /// The way to the guest: `vhost-user`, `device` (the VMM's own), `hybrid`; a later aditd may have others.
+    #[serde(default)]
+    pub way: Option<String>,
+    /// Who has chosen that way, and as what.
+    #[serde(default)]
+    pub way_why: Option<String>,
+    /// What the VMM cannot do with the VM because of it: `migration`, `savevm`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forbids: Vec<String>,
+    /// What that way costs.
+    #[serde(default)]
+    pub costs: Option<String>,
     /// The VMM's socket, where the VMM has one for each stream; none: it has a device, by vhost-user or in its own process.
     #[serde(default)]
     pub hybrid: Option<String>,
@@ -447,9 +498,13 @@ pub struct NewVm {
         schema(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
     )]
     pub name: String,
-    /// CID, 3 or more.
-    #[cfg_attr(feature = "openapi", schema(minimum = 3, maximum = 4_294_967_294_i64))]
+    /// CID, 3 or more; 0, or not there: aditd chooses one that no other VM has.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 0, maximum = 4_294_967_294_i64))]
     pub cid: u64,
+    /// How its guest is reached; none: `auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub carrier: Option<NewCarrier>,
     /// Guest TCP ports that may be reached.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(schema_with = openapi::ports, required = false))]
@@ -462,6 +517,12 @@ pub struct NewVm {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "openapi", schema(schema_with = openapi::services, required = false))]
     pub allow_services: Vec<String>,
+}
+
+/// Serde passes a reference.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+const fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// Changes settings of a VM; what is not given stays.
@@ -548,6 +609,23 @@ pub struct ConfigStatus {
     /// Why users of this host who come over TCP are not known, so that grants to them do not count there; none: they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub users_unknown: Option<String>,
+    /// Directories in which VMs are found.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub discover: Vec<DiscoverShown>,
+}
+
+/// A directory in which VMs are found.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiscoverShown {
+    /// Its path.
+    pub dir: String,
+    /// What is looked for.
+    pub pattern: String,
+    /// VMs that are there because of it.
+    pub vms: u32,
+    /// What is there and not used, and why: a line each.
+    pub refused: Vec<String>,
 }
 
 /// Most bytes of a file that one request brings.

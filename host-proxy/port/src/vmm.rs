@@ -291,6 +291,7 @@ mod tests {
         let vm = NewVm {
             name: "web-1".into(),
             cid: 3,
+            carrier: None,
             allow: vec![],
             allow_vsock: vec![],
             allow_services: vec![],

@@ -200,6 +200,7 @@ pub fn reply(code: Code) -> u8 {
         Code::NotAllowed | Code::TooOften | Code::Denied | Code::UnknownService => 2,
         Code::UnknownVm
         | Code::Ambiguous
+        | Code::Locked
         | Code::NoPortProcess
         | Code::NoSession
         | Code::NoAgent => 4,

@@ -18,6 +18,9 @@ use crate::desk::store::page::Names;
 use crate::listen::Admits;
 use crate::state::State;
 
+/// Characters of whoever did something that are kept with it.
+const WHO_MAX: usize = 80;
+
 /// Who makes a request. Without one in it a request is not served.
 #[derive(Clone)]
 pub struct Asks {
@@ -73,6 +76,23 @@ impl Asks {
         match self.by {
             By::Owner(Some(uid)) => state.callers.of_user(uid).caller().await,
             _ => self.caller.clone(),
+        }
+    }
+
+    /// Who it is, for people: the user who may use the operator's socket by name, where that is known.
+    pub(super) async fn who(&self, state: &State) -> String {
+        let shown = match self.by {
+            By::Owner(Some(_)) => self.as_claimed(state).await.to_string(),
+            _ => self.caller.to_string(),
+        };
+        adit_names::escape(&shown).at_most(WHO_MAX).to_string()
+    }
+
+    /// Writes down what was done with a VM, where the audit has what is allowed. What others than the owner do is written when it is
+    /// decided that they may.
+    pub(super) fn did(&self, state: &State, name: &str, what: &'static str) {
+        if self.is_owner() {
+            state.allowed(&self.caller, what, name, "owner");
         }
     }
 

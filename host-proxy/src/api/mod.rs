@@ -1,6 +1,6 @@
 //! The JSON API on the Unix socket and on management listeners; `adit_api` lists the endpoints and has the types.
 //!
-//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `host_events` what happens here, `vms` what is asked of VMs (`wait`: when they are ready), `blobs` files for them, `tasks` of goals and tasks (`elsewhere`: of those of other hosts; `lists`: the newest of them, and
+//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `host_events` what happens here, `vms` what is asked of VMs (`wait`: when they are ready; `lock`: whether anything new goes there), `blobs` files for them, `tasks` of goals and tasks (`elsewhere`: of those of other hosts; `lists`: the newest of them, and
 //! filters that name nothing); `asks` knows who makes a request, and `rules` what that takes; here is the rest, and how a request fails.
 
 mod access;
@@ -11,6 +11,7 @@ mod discovery;
 mod elsewhere;
 mod host_events;
 mod lists;
+mod lock;
 mod openapi;
 mod resolve;
 mod rules;
@@ -99,6 +100,7 @@ fn own() -> OpenApiRouter<App> {
         .routes(routes!(vms::list, vms::add))
         .routes(routes!(vms::show, vms::change, vms::remove))
         .routes(routes!(vms::reload))
+        .routes(routes!(lock::lock, lock::unlock))
         .routes(routes!(wait::wait_vm))
         .routes(routes!(lists::goals, tasks::add_goal))
         .routes(routes!(tasks::show_goal))
@@ -281,7 +283,7 @@ impl From<Refusal> for ApiError {
             Code::UnknownService => {
                 return Self::new(S::FORBIDDEN, "old-agent", refusal.text()).help(help);
             }
-            Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::Busy => {
+            Code::Locked | Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::Busy => {
                 S::SERVICE_UNAVAILABLE
             }
             Code::TooLarge => S::PAYLOAD_TOO_LARGE,
@@ -298,6 +300,9 @@ impl From<AddError> for ApiError {
             AddError::Full => "remove one that is no longer needed: `adit vm rm`",
             AddError::HostHasIt(_) => {
                 "give it another name, or the host: `[names] host` and `[[host]] name` in aditd.toml"
+            }
+            AddError::SocketTaken { .. } => {
+                "each VM has its own VMM, and that its own socket: `adit vm show` says which one a VM has"
             }
             _ => "`adit vm ls` shows which names and CIDs are taken",
         };
@@ -379,8 +384,10 @@ async fn config(Shared(state): Shared<App>) -> Json<ConfigStatus> {
 /// With what else a host may lack.
 fn status(state: &State, shown: ConfigStatus) -> ConfigStatus {
     let users_unknown = state.callers.unknown_users().map(str::to_owned);
+    let discover = state.found.show(state);
     ConfigStatus {
         users_unknown,
+        discover,
         ..shown
     }
 }

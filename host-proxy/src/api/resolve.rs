@@ -43,6 +43,7 @@ pub(super) async fn one(
         host: claim.host.to_string(),
         live: claim.live,
         generation: claim.generation,
+        locked: false,
         by_map_of: None,
     });
     let mut claims: Vec<_> = own.into_iter().chain(others).collect();
@@ -125,6 +126,7 @@ pub(super) async fn all(Shared(state): Shared<App>) -> Json<AllVms> {
                 host: host.to_string(),
                 live: false,
                 generation: None,
+                locked: false,
                 by_map_of: Some(own.clone()),
             });
         }

@@ -32,7 +32,7 @@ use Takes::{Handler, Host, Name, Nothing, Vm};
 use Verb::{Manage, See};
 
 /// The table.
-pub(super) const RULES: [(&str, &str, Takes); 34] = [
+pub(super) const RULES: [(&str, &str, Takes); 36] = [
     ("GET", "/healthz", Nothing),
     ("GET", "/v1/openapi.json", Name),
     // `see`
@@ -63,6 +63,8 @@ pub(super) const RULES: [(&str, &str, Takes); 34] = [
     ("PATCH", "/v1/vms/{name}", Vm(Manage)),
     ("DELETE", "/v1/vms/{name}", Vm(Manage)),
     ("POST", "/v1/vms/{name}/reload", Vm(Manage)),
+    ("POST", "/v1/vms/{name}/lock", Vm(Manage)),
+    ("DELETE", "/v1/vms/{name}/lock", Vm(Manage)),
     ("POST", "/v1/vms/{name}/blobs/{digest}", Vm(Manage)),
     ("POST", "/v1/vms/{name}/agent", Vm(Manage)),
     ("GET", "/v1/blobs/{digest}", Host(Manage)),

@@ -15,7 +15,7 @@ use utoipa::IntoParams;
 use super::lists::{self, PageQuery};
 use super::{Answer, ApiError, App, Asks, find, parse, resolve};
 use crate::access::Verb;
-use crate::config::VmConfig;
+use crate::config::{CarrierConfig, VmConfig};
 use crate::registry::AddError;
 use crate::vm::{Origin, Serving, VmEntry};
 use crate::vms::{self, NotAdded};
@@ -74,11 +74,21 @@ pub(super) async fn add(Shared(state): Shared<App>, asks: Asks, body: Bytes) -> 
     let name = new.name.parse::<VmId>();
     let name = name.map_err(|e| bad_vm(("name", e.to_string())))?;
     asks.may(&state, Verb::Manage, name.as_str())?;
+    let carrier = new.carrier.map(CarrierConfig::from).unwrap_or_default();
+    if carrier.hybrid().is_some() {
+        // Root looks at the path, makes a socket beside it, and connects to it.
+        asks.must_be_owner(&state, "POST /v1/vms with a path")?;
+    }
+    let cid = match new.cid {
+        0 => state.registry.free_cid(&name),
+        cid => cid,
+    };
     let config = VmConfig {
+        carrier,
         allow: new.allow,
         allow_vsock: new.allow_vsock,
         allow_services: services(&new.allow_services).map_err(bad_vm)?,
-        ..VmConfig::new(name, new.cid)
+        ..VmConfig::new(name, cid)
     };
     let checked = config.check();
     let checked = checked.and_then(|()| state.config.check_paths(&config.name));
@@ -164,7 +174,11 @@ const FIXED: [(&str, &str, &str); 5] = [
     ),
     ("ivshmem_mib", IN_FILE.0, IN_FILE.1),
     ("allow_any_memory", IN_FILE.0, IN_FILE.1),
-    ("carrier", IN_FILE.0, IN_FILE.1),
+    (
+        "carrier",
+        "its port process is another one for each",
+        "remove the VM and add it with the new carrier",
+    ),
 ];
 const IN_FILE: (&str, &str) = (
     "only a VM of aditd.toml can have another value than the default",
@@ -195,6 +209,13 @@ fn of_the_api(vm: &VmEntry, help: &str) -> Result<(), ApiError> {
             let message = format!("`{}` is configured in aditd.toml", vm.name);
             let refused = ApiError::new(StatusCode::CONFLICT, "configured", message);
             Err(refused.help(help))
+        }
+        Origin::Found { .. } => {
+            let message = format!("`{}` is there because its VMM's socket was found", vm.name);
+            let refused = ApiError::new(StatusCode::CONFLICT, "found", message);
+            Err(refused.help(
+                "its settings are those of its [[discover]] in aditd.toml; it goes when the socket and its directory are gone",
+            ))
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use adit_api::{CarrierName, NewCarrier};
 use adit_channel::socket_path;
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +24,8 @@ pub enum Named {
     Auto,
     /// The same, said.
     VhostUser,
+    /// The same, and that there is no ring is a fault.
+    Ring,
 }
 
 /// The sockets of Firecracker and Cloud Hypervisor. A port process is started with this.
@@ -34,6 +37,20 @@ pub struct Hybrid {
     /// The VMM passes a half-close on.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub half_closes: bool,
+}
+
+impl From<NewCarrier> for CarrierConfig {
+    fn from(new: NewCarrier) -> Self {
+        match new {
+            NewCarrier::Named(CarrierName::Auto) => Self::Named(Named::Auto),
+            NewCarrier::Named(CarrierName::VhostUser) => Self::Named(Named::VhostUser),
+            NewCarrier::Named(CarrierName::Ring) => Self::Named(Named::Ring),
+            NewCarrier::Hybrid(new) => Self::Hybrid(Hybrid {
+                hybrid: new.hybrid.into(),
+                half_closes: new.half_closes,
+            }),
+        }
+    }
 }
 
 impl Default for CarrierConfig {
@@ -49,6 +66,21 @@ impl CarrierConfig {
             Self::Named(_) => None,
             Self::Hybrid(hybrid) => Some(hybrid),
         }
+    }
+
+    /// Its word: of one with parameters, that of the kind.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Named(Named::Auto) => "auto",
+            Self::Named(Named::VhostUser) => "vhost-user",
+            Self::Named(Named::Ring) => "ring",
+            Self::Hybrid(_) => "hybrid",
+        }
+    }
+
+    /// Whether there is to be a ring.
+    pub fn wants_ring(&self) -> bool {
+        *self == Self::Named(Named::Ring)
     }
 
     /// Whether it is what a configuration without this key has.

@@ -266,6 +266,7 @@ impl<'a> Documents<'a> {
             *whole = part;
         } else {
             whole.vm.append(&mut part.vm);
+            whole.discover.append(&mut part.discover);
             whole.listen.append(&mut part.listen);
             whole.grant.append(&mut part.grant);
             whole.token.append(&mut part.token);
@@ -391,6 +392,7 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
         ),
         ("token", config.token.len(), super::access::TOKENS_MAX),
         ("host", config.host.len(), super::HOSTS_MAX),
+        ("discover", config.discover.len(), super::DISCOVERS_MAX),
     ] {
         if len > max {
             let message = format!("there are {len}, and may be {max}");
@@ -425,6 +427,16 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
                 hybrid.hybrid.display()
             );
             problems.extend(documents.nth("vm", nth, "carrier", message));
+        }
+    }
+    for (nth, discover) in config.discover.iter().enumerate() {
+        if let Err((key, why)) = discover.check() {
+            problems.extend(documents.nth("discover", nth, key, why));
+        }
+        if let Some(first) = super::discover::same(&config.discover, nth) {
+            let first = documents.place("discover", first, "dir");
+            let message = format!("another section looks for the same: {first}");
+            problems.extend(documents.nth("discover", nth, "dir", message));
         }
     }
     if let Err(e) = adit_channel::socket_path::check_len(&config.api_socket()) {

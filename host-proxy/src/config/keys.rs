@@ -41,7 +41,9 @@ impl Key {
                 "a reload of aditd, and then `adit vm reload`"
             }
             "listen.cert" | "listen.key" | "listen.client_ca" => "a reload of aditd",
-            _ if ["vm", "grant", "token", "host", "peers"].contains(&self.section()) => {
+            _ if ["vm", "discover", "grant", "token", "host", "peers"]
+                .contains(&self.section()) =>
+            {
                 "a reload of aditd"
             }
             _ => "a restart of aditd",
@@ -77,11 +79,12 @@ pub fn keys() -> impl Iterator<Item = &'static Key> {
 }
 
 /// Sections of which there may be many, and what each one is.
-pub(super) const MANY: [(&str, &str); 5] = [
+pub(super) const MANY: [(&str, &str); 6] = [
     ("host", "host"),
     ("listen", "listener"),
     ("grant", "grant"),
     ("token", "token"),
+    ("discover", "directory with VMMs' sockets"),
     ("vm", "VM"),
 ];
 
@@ -180,9 +183,13 @@ mod tests {
     /// Paths of the fields that a configuration is made of.
     fn paths(value: &Value, prefix: &str, into: &mut BTreeSet<String>) {
         match value {
-            Value::Object(fields) if ![".vm.labels", ".vm.carrier"].contains(&prefix) => fields
-                .iter()
-                .for_each(|(name, value)| paths(value, &format!("{prefix}.{name}"), into)),
+            Value::Object(fields)
+                if ![".vm.labels", ".vm.carrier", ".discover.labels"].contains(&prefix) =>
+            {
+                fields
+                    .iter()
+                    .for_each(|(name, value)| paths(value, &format!("{prefix}.{name}"), into))
+            }
             Value::Array(many) if MANY.iter().any(|(name, _)| prefix == format!(".{name}")) => {
                 many.iter().for_each(|one| paths(one, prefix, into));
             }
@@ -228,12 +235,13 @@ mod tests {
             let with = match key.section() {
                 "" => parse(&(line + vm)),
                 "vm" => parse(&format!("{vm}{line}")),
-                section @ ("host" | "listen" | "grant") => {
+                section @ ("host" | "listen" | "grant" | "discover") => {
                     let pin = "sha256/47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
                     let needed = match section {
                         "host" => {
                             format!("name = \"b\"\naddress = \"192.0.2.2:1\"\npin = \"{pin}\"")
                         }
+                        "discover" => "dir = \"/run/fc\"\npattern = \"{name}/v.sock\"".into(),
                         "listen" => "address = \"127.0.0.1:1\"".into(),
                         _ => "to = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"see\"]".into(),
                     };

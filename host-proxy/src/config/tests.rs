@@ -285,13 +285,13 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                 vec![
                     "\"auto\"".into(),
                     "\"vhost-user\"".into(),
+                    "\"ring\"".into(),
                     "{ hybrid = \"/a/v.sock\" }".into(),
                     "{ hybrid = \"/a/v.sock\", half_closes = true }".into(),
                     format!("{{ hybrid = \"/{}\" }}", "x".repeat(95)),
                 ],
                 vec![
                     "\"hybrid\"".into(),
-                    "\"ring\"".into(),
                     "{ hybrid = \"v.sock\" }".into(),
                     "{ hybrid = \"/\" }".into(),
                     "{ hybrid = \"/a/../v.sock\" }".into(),
@@ -302,6 +302,14 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                     "{ half_closes = true }".into(),
                     "{ vsock = { cid = 3 } }".into(),
                     format!("{{ hybrid = \"/{}\" }}", "x".repeat(96)),
+                ],
+            ),
+            keys::Kind::Pattern => (
+                vec!["\"{name}/v.sock\"".into(), "\"vm-{name}.sock\"".into()],
+                vec![
+                    "\"v.sock\"".into(),
+                    "\"../{name}\"".into(),
+                    "\"{name}/..\"".into(),
                 ],
             ),
             keys::Kind::Labels => (

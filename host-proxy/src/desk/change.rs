@@ -175,7 +175,8 @@ pub fn hand_out(
     now_ms: i64,
     wanted: &Wanted,
 ) -> Result<(Option<Handout>, Vec<Task>), DeskError> {
-    let mut choice = Choice::new(now_ms, wanted.overtake);
+    let is_locked = store::locks::of(c, vm)?.is_some();
+    let mut choice = Choice::new(now_ms, wanted.overtake, is_locked);
     let takes = |task: &Candidate| !wanted.held.contains(&task.digest) && choice.takes(task);
     let Some(next) = store::first_open(c, vm, &wanted.sent, takes)? else {
         return Ok((None, Vec::new()));

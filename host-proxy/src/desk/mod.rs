@@ -8,6 +8,7 @@
 //! | [`change`] | each change in a transaction: the store read, the rules asked, the answer written |
 //! | `enrol` | what is kept of VMs' enrolments |
 //! | `lists` | what the API reads |
+//! | `locks` | VMs to which nothing new goes |
 //! | `time` | what ends, begins or is forgotten because time passes |
 //!
 //! A step of a goal costs two commits: that it is handed out is on disk before the guest has it, and how it ended is on disk
@@ -17,6 +18,7 @@
 pub mod change;
 mod enrol;
 mod lists;
+mod locks;
 pub mod rules;
 pub mod store;
 mod time;
@@ -168,6 +170,7 @@ impl Desk {
             store::enrolments::forget_guest(c, vm.as_str())?;
             store::identities::delete(c, vm.as_str())?;
             store::trust::delete(c, vm.as_str())?;
+            store::locks::delete(c, vm.as_str())?;
             let ended = change::remove_vm(c, vm.as_str(), now)?;
             retention::trim(c, vm.as_str(), &keep)?;
             Ok(((), ended))
@@ -175,14 +178,20 @@ impl Desk {
         .await
     }
 
-    /// Brings the number of open tasks of a VM that has just come up to date.
+    /// Brings the number of open tasks of a VM that has just come up to date, and whether it is locked.
     pub async fn greet(&self, vm: &Arc<VmEntry>) {
         let (name, entry) = (vm.name.clone(), vm.clone());
-        let count = move |c: &Connection| Ok(store::count_open(c, name.as_str())?);
-        let counted = self.db.run_then::<_, DeskError, _, _>(count, move |n| {
-            entry.set_open_tasks(*n);
-        });
-        if let Err(e) = counted.await {
+        let look = move |c: &Connection| {
+            let name = name.as_str();
+            Ok((store::count_open(c, name)?, store::locks::of(c, name)?))
+        };
+        let looked = self
+            .db
+            .run_then::<_, DeskError, _, _>(look, move |(n, locked)| {
+                entry.set_open_tasks(*n);
+                entry.lock.set(locked.clone());
+            });
+        if let Err(e) = looked.await {
             tracing::error!(vm = %vm.name, error = %e, "cannot count the VM's tasks");
         }
     }

@@ -15,6 +15,7 @@
 //! - A task that is not terminal is handed out again whenever the agent pulls: a lease does not end, and the guest's journal
 //!   answers for what it has begun.
 //! - The first terminal state stays.
+//! - A VM that is locked gets what it was handed before, and nothing new.
 
 use std::collections::HashMap;
 
@@ -198,6 +199,7 @@ pub struct Candidate {
 pub struct Choice {
     now_ms: i64,
     overtake: bool,
+    is_locked: bool,
     /// The goal whose task was passed over last: its later steps wait too.
     passed: Option<[u8; 32]>,
     /// The lowest number of a held goal, by key.
@@ -205,11 +207,13 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// Begins to choose. `overtake`: the guest takes a key's goals in another order than that of their numbers.
-    pub fn new(now_ms: i64, overtake: bool) -> Self {
+    /// Begins to choose. `overtake`: the guest takes a key's goals in another order than that of their numbers; `is_locked`: nothing
+    /// new goes to it.
+    pub fn new(now_ms: i64, overtake: bool, is_locked: bool) -> Self {
         Self {
             now_ms,
             overtake,
+            is_locked,
             passed: None,
             held: HashMap::new(),
         }
@@ -237,7 +241,10 @@ impl Choice {
     }
 
     fn may_begin(&mut self, task: &Candidate) -> bool {
-        if self.passed == Some(task.digest) || is_over(task.not_after_ms, self.now_ms) {
+        if self.is_locked
+            || self.passed == Some(task.digest)
+            || is_over(task.not_after_ms, self.now_ms)
+        {
             return false;
         }
         let is_held = is_held(task.not_before_ms, self.now_ms);

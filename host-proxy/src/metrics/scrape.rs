@@ -11,8 +11,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::listener::Listeners;
 use super::{
-    ACCEPTED, ANSWERS, CARD, CLOCK, DIAL_TIME, DIALS, FAULT, FIRST_BYTE, Metric, OPEN, OPEN_MAX,
-    QUEUED, READY, STREAMS, TURNED, Turned,
+    ACCEPTED, ANSWERS, CARD, CLOCK, DIAL_TIME, DIALS, FAULT, FIRST_BYTE, LOCKED, Metric, OPEN,
+    OPEN_MAX, QUEUED, READY, STREAMS, TURNED, Turned,
 };
 use crate::front::dns::Kind;
 use crate::registry::Registry;
@@ -68,6 +68,10 @@ impl Scrape {
                 let ready = i64::from(vm.state == adit_api::VmState::Ready);
                 put(&[&vm.name], &ConstGauge::new(ready))
             })
+        })?;
+        family(to, &LOCKED, gauge, |put| {
+            let mut all = shown.iter();
+            all.try_for_each(|vm| put(&[&vm.name], &ConstGauge::new(i64::from(vm.lock.is_some()))))
         })?;
         family(to, &STREAMS, gauge, |put| {
             let mut all = shown.iter();

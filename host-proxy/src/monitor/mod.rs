@@ -8,6 +8,7 @@
 //!  │ run        the lock, the listeners, the configuration    │
 //!  │ privileged starts and ends port processes; users,        │
 //!  │            cgroups, directories; store: a pair for each VM│
+//!  │ discover   which VMMs have put sockets where             │
 //!  └──────┬──────────────────────────────────────────┬────────┘
 //!         │ wire: requests, answers, descriptors     │ connects to ctl.sock, asks the kernel who is there
 //!  ┌─ aditd worker: its own user, sandboxed ──┐      │
@@ -25,6 +26,7 @@
 
 pub mod child;
 pub mod client;
+pub mod discover;
 pub mod outward;
 pub mod packets;
 pub mod people;
@@ -47,7 +49,7 @@ use adit_passed::{Apart, Closer, Passed};
 use crate::fdstore::Ends;
 use client::{AskError, Client};
 use privileged::{NotDone, Privileged};
-use wire::{LastWords, Message, Start, WhoIs};
+use wire::{HasFound, LastWords, Message, Start, WhoIs};
 
 use crate::access::caller::Person;
 
@@ -309,6 +311,22 @@ impl Monitor {
                 let socket = fds.pop().and_then(Passed::trust);
                 socket.ok_or(AskError::Other)
             }
+            _ => Err(AskError::Other),
+        }
+    }
+
+    /// What is found in a directory of the configuration, once that is another version than `seen`.
+    ///
+    /// # Errors
+    /// There is no monitor, or no such directory in its configuration.
+    pub async fn discover(&self, key: u64, seen: u64) -> Result<HasFound, AskError> {
+        let client = match self {
+            Self::Here(privileged) => return Ok(privileged.discover.next(key, seen).await?),
+            Self::There(client) => client,
+        };
+        let ask = Message::Discover(wire::Discover { key, seen });
+        match client.ask(&ask, &[]).await? {
+            (Message::HasFound(found), _) => Ok(found),
             _ => Err(AskError::Other),
         }
     }

@@ -22,6 +22,7 @@ use adit_port::control::{CONTROL_SOCKET, Quit};
 use adit_port::control_io::{self, send};
 use tokio::time::Instant;
 
+use super::discover::Discover;
 use super::outward::Outward;
 use super::port_log;
 use super::room;
@@ -29,7 +30,7 @@ use super::store::{Pair, Store};
 use super::wire::{LastWords, NotReached, Start, StartHybrid};
 use crate::arguments;
 use crate::cgroup::Cgroups;
-use crate::config::{CarrierConfig, Hybrid, VMS_MAX, VmConfig, vm_dir};
+use crate::config::{CarrierConfig, Config, Hybrid, VMS_MAX, VmConfig, vm_dir};
 use crate::spawn::{self, Spawner};
 use crate::uids::Uids;
 use crate::vm_dir::{self, LeftError};
@@ -97,6 +98,8 @@ pub struct Privileged {
     vms: Mutex<HashMap<VmId, Arc<Entry>>>,
     /// Other hosts.
     pub outward: Outward,
+    /// Directories with VMMs' sockets.
+    pub discover: Discover,
 }
 
 /// One VM.
@@ -141,7 +144,14 @@ impl Privileged {
             store,
             vms: Mutex::default(),
             outward: Outward::default(),
+            discover: Discover::default(),
         })
+    }
+
+    /// Knows the other hosts and the directories of this configuration from now on.
+    pub fn set(&self, config: &Config) {
+        self.outward.set(config);
+        self.discover.set(config);
     }
 
     /// Returns both ends of a VM's pair; `None`: there is no store.

@@ -120,7 +120,7 @@ pub async fn run(boot: Boot, account: Account) -> anyhow::Result<ExitCode> {
         Store::new(passed),
         true,
     );
-    privileged.outward.set(&config);
+    privileged.set(&config);
     let text = text::file_of(&text.packed()).context("no memory for the configuration")?;
     let run = Run {
         texts: [text.try_clone()?, text],
@@ -389,7 +389,7 @@ impl Run {
                 // A successor gets what this one applies.
                 let config = Config::of(&text);
                 if let Ok(config) = &config {
-                    privileged.outward.set(config);
+                    privileged.set(config);
                 }
                 Ok((config.is_ok(), fd))
             });

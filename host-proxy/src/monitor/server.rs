@@ -159,6 +159,7 @@ fn doing(
             | Message::RemoveDir(_)
             | Message::WhoIs(_)
             | Message::Peer(_)
+            | Message::Discover(_)
     );
     if !is_request {
         return Err(Fault::Kind(message.kind()));
@@ -173,6 +174,10 @@ fn doing(
             }
             Message::Peer(ask) => match privileged.outward.connect(&ask.host).await {
                 Ok(socket) => return (Message::HasPeer(HasPeer {}), vec![socket.into()]),
+                Err(e) => Err(e),
+            },
+            Message::Discover(ask) => match privileged.discover.next(ask.key, ask.seen).await {
+                Ok(found) => return (Message::HasFound(found), vec![]),
                 Err(e) => Err(e),
             },
             Message::Reach(ask) => return reach(privileged, ask, fds.pop()).await,

@@ -1,8 +1,8 @@
 //! What the worker and the monitor say to each other: packets of a `SOCK_SEQPACKET` socket, one frame each, with descriptors.
 //!
 //! ```text
-//! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers, WhoIs, Peer (each with an id) ──► monitor
-//!        ◄── HasSlot, Reached, NotReached, HasEnded, Is, HasPeer, Done, Refused (with the id of what they answer) ──
+//! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers, WhoIs, Peer, Discover (each with an id) ──► monitor
+//!        ◄── HasSlot, Reached, NotReached, HasEnded, Is, HasPeer, HasFound, Done, Refused (with the id of what they answer) ──
 //!        ── Serving, Status, StopAll, Reread; to the monitor that found it: Listeners, SlotOf (id 0, no answer) ──►
 //!        ◄── Welcome or Hello first; then Config, Stop (id 0) ──
 //! ```
@@ -145,6 +145,36 @@ pub struct Peer {
 /// Answers [`Peer`]: the connection is in the descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HasPeer {}
+
+/// Asks what is found in a directory of the configuration, once that is something else than it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Discover {
+    /// Which: its [`key`](crate::config::DiscoverConfig::key).
+    pub key: u64,
+    /// The version that is known; 0: none.
+    pub seen: u64,
+}
+
+/// Answers [`Discover`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HasFound {
+    /// Counts what this monitor has found there.
+    pub version: u64,
+    /// Names that are there, and whether there is a socket that may be used.
+    pub vms: Vec<(VmId, bool)>,
+    /// That is all there is. Otherwise nothing is known of names that are not among them.
+    pub is_whole: bool,
+    /// What is there and not used, and why: a line each.
+    pub refused: Vec<String>,
+}
+
+impl HasFound {
+    /// Whether it says the same, whichever version it is.
+    pub fn says_as(&self, other: &Self) -> bool {
+        let of = |found: &Self| (found.vms.clone(), found.is_whole, found.refused.clone());
+        of(self) == of(other)
+    }
+}
 
 /// The worker serves, or goes on to do so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -299,6 +329,8 @@ adit_channel::message_table! {
     Reread = 16, 0..=0, NONE;
     /// To the monitor.
     Peer = 17, 0..=0, NONE;
+    /// To the monitor.
+    Discover = 18, 0..=0, NONE;
     /// To the worker.
     Welcome = 32, 6..=4 + LISTENERS_MAX, NONE;
     /// To the worker.
@@ -323,6 +355,8 @@ adit_channel::message_table! {
     Is = 42, 0..=0, NONE;
     /// To the worker.
     HasPeer = 43, 1..=1, NONE;
+    /// To the worker.
+    HasFound = 44, 0..=0, NONE;
 }
 
 /// Why a packet cannot be sent, or is none of these. The sender's fault, except `Io`.
@@ -441,6 +475,7 @@ pub fn receive(socket: impl AsFd, closer: &Closer) -> Result<Option<Packet>, Wir
 
 #[cfg(test)]
 mod tests {
+    use super::super::discover::{FOUND_MAX, REFUSED_MAX, WITHOUT_MAX};
     use super::*;
     use adit_channel::frame;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -497,6 +532,14 @@ mod tests {
             Message::SlotOf(SlotOf { vm }),
             Message::Reread(Reread {}),
             Message::HasPeer(HasPeer {}),
+            Message::Discover(Discover { key: 7, seen: 0 }),
+            // As long as it can be.
+            Message::HasFound(HasFound {
+                version: u64::MAX,
+                is_whole: true,
+                vms: vec![("a".repeat(63).parse().unwrap(), true); FOUND_MAX + WITHOUT_MAX],
+                refused: vec!["x".repeat(200); REFUSED_MAX + 1],
+            }),
             Message::WhoIs(WhoIs::Uid(1000)),
             Message::WhoIs(WhoIs::Name(text.clone())),
             Message::Is(Is {

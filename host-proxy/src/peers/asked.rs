@@ -160,6 +160,7 @@ pub fn at(state: &State, vm: &VmEntry) -> VmAt {
         host: state.host().map(ToString::to_string).unwrap_or_default(),
         live: vm.channel.session(),
         generation: vm.agent.generation(),
+        locked: vm.lock.is_on(),
         by_map_of: None,
     }
 }

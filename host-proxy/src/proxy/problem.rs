@@ -128,7 +128,7 @@ fn of_code(code: Code) -> (StatusCode, &'static str) {
         Code::NotAllowed | Code::Denied | Code::UnknownService => {
             (S::FORBIDDEN, "http_request_denied")
         }
-        Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
+        Code::Locked | Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
             (S::SERVICE_UNAVAILABLE, "destination_unavailable")
         }
         Code::TooOften => (S::TOO_MANY_REQUESTS, "connection_limit_reached"),
@@ -149,8 +149,8 @@ impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
         let (status, error) = of_code(refusal.code());
         let text = match refusal.code() {
-            // What is missing there is nothing that its text could name.
-            code @ (Code::UnknownService | Code::Version) => {
+            // What is missing there is nothing that its text could name; and who locks a VM writes a reason, and no remedy.
+            code @ (Code::UnknownService | Code::Version | Code::Locked) => {
                 format!("{}; {}", refusal.text(), remedy::of(code))
             }
             _ => refusal.text().to_owned(),

@@ -154,6 +154,9 @@ pub fn admit_here(
             return Err(Refusal::new(Code::NotAllowed, text));
         }
     }
+    if vm.lock.is_on() {
+        return Err(locked(state, caller, to, &vm));
+    }
     let Some(link) = vm.channel.link() else {
         let text = format!("VM `{}`: its port process does not run", to.vm);
         return Err(Refusal::new(Code::NoPortProcess, text));
@@ -171,6 +174,18 @@ pub fn admit_here(
     });
     let visit = visit.clone();
     Ok(Admitted { way, share, visit })
+}
+
+/// Nothing new goes there. It is written down as every denial is.
+fn locked(state: &State, caller: &Caller, to: &Destination, vm: &VmEntry) -> Refusal {
+    state.denied(caller, "reach", to.vm.as_str(), &to.what(), "locked");
+    let locked = vm.lock.locked();
+    let reason = locked.as_ref().map_or("", |locked| locked.reason.as_str());
+    let text = match reason {
+        "" => format!("VM `{}` is locked", to.vm),
+        reason => format!("VM `{}` is locked: {reason}", to.vm),
+    };
+    Refusal::new(Code::Locked, text)
 }
 
 /// `weight`: how many of the shares that each VM has.

@@ -105,6 +105,18 @@ impl Agent {
         }
     }
 
+    /// How many streams the guest has open that it has dialled.
+    pub fn dialled(&self) -> usize {
+        let all = [
+            (AGENT_STREAMS_MAX, &self.streams),
+            (OTHER_STREAMS_MAX, &self.other_streams),
+            (UNKNOWN_STREAMS_MAX, &self.unknown_streams),
+        ];
+        let taken =
+            |(max, of): (usize, &Arc<Semaphore>)| max.saturating_sub(of.available_permits());
+        all.into_iter().map(taken).sum()
+    }
+
     /// A connection begins: the older one is told to end.
     pub fn connected(&self) -> CancellationToken {
         let token = CancellationToken::new();

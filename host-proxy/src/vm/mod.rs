@@ -6,17 +6,22 @@
 //! | [`channel`](Channel) | the supervisor: the port process that serves it, and what that says |
 //! | [`agent`](Agent) | the agent in the guest: its streams, and what it says |
 //! | [`dials`](Dials) | whoever dials it |
+//! | [`lock`](Lock) | the operator: whether anything new goes there |
 
 mod agent;
 mod changes;
 mod channel;
 mod dials;
+mod drain;
+mod lock;
 mod show;
 
 pub use agent::{AGENT_STREAMS_MAX, Agent, ENROLMENTS_MAX, OTHER_STREAMS_MAX, TrustOf};
 pub use changes::Changes;
 pub use channel::{Channel, Serving};
 pub use dials::{Dials, LastDial};
+pub use drain::StillOpen;
+pub use lock::{Lock, Locked};
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -28,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access::VmView;
 use crate::config::{VmConfig, vm_dir};
-use crate::fault::Fault;
+use crate::fault::{Fault, FaultKind};
 
 /// Where a VM's settings come from, and so where they are changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +42,31 @@ pub enum Origin {
     File,
     /// The API: they are in the database.
     Api,
+    /// A socket that was found: they are in a section `[[discover]]` of `aditd.toml`.
+    Found {
+        /// Which: its [`key`](crate::config::DiscoverConfig::key).
+        section: u64,
+    },
+}
+
+impl Origin {
+    /// Its word in the API.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Api => "api",
+            Self::Found { .. } => "found",
+        }
+    }
+
+    /// Who has said what its settings say.
+    fn says(self) -> &'static str {
+        match self {
+            Self::File => "aditd.toml says so",
+            Self::Api => "it was added so",
+            Self::Found { .. } => "its socket was found by [[discover]]",
+        }
+    }
 }
 
 /// One VM.
@@ -64,6 +94,8 @@ pub struct VmEntry {
     pub agent: Agent,
     /// How dials into it went.
     pub dials: Dials,
+    /// Whether anything new goes there.
+    pub lock: Lock,
     /// All its settings as they are now.
     spec: RwLock<Arc<VmConfig>>,
     open_tasks: AtomicU32,
@@ -86,6 +118,7 @@ impl VmEntry {
             channel: Channel::new(&spec.name, changes.clone()),
             agent: Agent::new(&spec.name, changes.clone()),
             dials: Dials::default(),
+            lock: Lock::new(changes.clone()),
             spec: RwLock::new(Arc::new(spec)),
             open_tasks: AtomicU32::new(0),
             changes,
@@ -132,8 +165,25 @@ impl VmEntry {
     /// Everything that is wrong with it now, the gravest first.
     pub fn faults(&self) -> Vec<Fault> {
         let mut faults = self.channel.faults();
+        faults.extend(self.lacks_ring());
         faults.extend(self.agent.faults());
         faults
+    }
+
+    /// Streams that somebody has opened by way of this host, as its port process has said last. Those that the guest has dialled are not
+    /// among them.
+    pub fn tunnels(&self) -> u32 {
+        let streams = self.channel.status().map_or(0, |s| s.streams);
+        let dialled = u32::try_from(self.agent.dialled()).unwrap_or(u32::MAX);
+        streams.saturating_sub(dialled)
+    }
+
+    /// Its services are to go over a ring, and do not.
+    fn lacks_ring(&self) -> Option<Fault> {
+        let lacks = self.spec().carrier.wants_ring() && self.ready();
+        let ring = self.channel.ring().filter(|ring| lacks && !ring.running)?;
+        let text = format!("it is to have a ring, and uses vsock: {}", ring.why);
+        Some(Fault::new(FaultKind::Carrier, &text))
     }
 
     /// Wakes up when the state may have changed.
@@ -161,7 +211,6 @@ impl VmEntry {
 mod tests {
     use super::*;
     use crate::enrolment::Enrolment;
-    use crate::fault::FaultKind;
     use adit_tasks::wire::Facts;
 
     fn entry() -> VmEntry {

@@ -22,6 +22,30 @@ const RING_TEXT_MAX: usize = 300;
 /// Characters of what a failed dial says that are shown.
 const DIAL_TEXT_MAX: usize = 300;
 
+/// A way to a guest, and what it costs.
+struct Way {
+    word: &'static str,
+    /// What the VMM cannot do with the VM.
+    forbids: &'static [&'static str],
+    costs: &'static str,
+}
+
+const VHOST_USER: Way = Way {
+    word: "vhost-user",
+    forbids: &["migration", "savevm"],
+    costs: "its VMM can neither migrate nor save it (`savevm`): QEMU does neither with a vhost-user device or with ivshmem",
+};
+const DEVICE: Way = Way {
+    word: "device",
+    forbids: &[],
+    costs: "its VMM has the device itself, and saves and restores it with the VM",
+};
+const HYBRID: Way = Way {
+    word: "hybrid",
+    forbids: &[],
+    costs: "each byte is copied once more, and open streams end when its VMM saves or restores it",
+};
+
 impl VmEntry {
     /// How far its channel is.
     pub fn state(&self) -> VmState {
@@ -105,6 +129,8 @@ impl VmEntry {
                 .collect(),
             vmm: Some(self.has_vmm()),
             last_dial: self.dials.last().map(|dial| self.last_dial(dial)),
+            lock: self.lock.locked().map(|locked| locked.show()),
+            origin: Some(self.origin.word().into()),
         }
     }
 }
@@ -117,18 +143,49 @@ impl VmEntry {
     }
 
     fn carrier(&self) -> Carrier {
-        match self.channel.hybrid() {
-            None => self.channel.ring().map(carrier).unwrap_or_default(),
-            Some(hybrid) => Carrier {
-                why: match hybrid.half_closes {
-                    true => "aditd.toml says so".into(),
-                    false => "aditd.toml says so, and that the VMM takes a half-close for a close: the end of a client's sending \
-                              reaches the guest only with the end of the stream"
-                        .into(),
-                },
-                hybrid: Some(hybrid.hybrid.display().to_string()),
-                ..Carrier::default()
-            },
+        let (spec, says) = (self.spec(), self.origin.says());
+        let asked = match spec.carrier.word() {
+            "auto" => "`auto`: what its VMM brings".to_owned(),
+            word => format!("`{word}`: {says}"),
+        };
+        // Without a port process, as the next one will be.
+        let hybrid = match self.channel.serving() {
+            Some(_) => self.channel.hybrid(),
+            None => spec.carrier.hybrid().cloned(),
+        };
+        let (way, shown) = match (hybrid, self.channel.held_by()) {
+            (Some(hybrid), _) => {
+                let shown = Carrier {
+                    why: match hybrid.half_closes {
+                        true => says.into(),
+                        false => format!(
+                            "{says}; the VMM takes a half-close for a close: the end of a client's sending reaches the \
+                             guest only with the end of the stream"
+                        ),
+                    },
+                    hybrid: Some(hybrid.hybrid.display().to_string()),
+                    ..Carrier::default()
+                };
+                (&HYBRID, shown)
+            }
+            (None, held_by) => {
+                let shown = self.channel.ring().map(carrier).unwrap_or_default();
+                (
+                    if held_by.is_some() {
+                        &DEVICE
+                    } else {
+                        &VHOST_USER
+                    },
+                    shown,
+                )
+            }
+        };
+        Carrier {
+            way: Some(way.word.into()),
+            way_why: Some(asked),
+            forbids: way.forbids.iter().map(ToString::to_string).collect(),
+            costs: Some(way.costs.into()),
+            ..shown
         }
     }
 
@@ -213,7 +270,6 @@ fn carrier(ring: Ring) -> Carrier {
             false => CarrierKind::Vsock,
         },
         why: cut(&ring.why),
-        hybrid: None,
         memory: (!ring.memory.is_empty()).then(|| cut(&ring.memory)),
         bytes: ring.bytes,
         line_ns: ring.line_ns,
@@ -226,6 +282,7 @@ fn carrier(ring: Ring) -> Carrier {
         rtt_ns: measured(ring.rtt_ns.0),
         vsock_rtt_ns: measured(ring.rtt_ns.1),
         streams: ring.streams,
+        ..Carrier::default()
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::host::Host;
 
 /// Schemas of which there is a database.
-const SCHEMAS: std::ops::RangeInclusive<u32> = 1..=5;
+const SCHEMAS: std::ops::RangeInclusive<u32> = 1..=6;
 
 /// From this schema on, aditd has in memory only that a task has started, until the next transaction. After a kill the task is
 /// leased, and its guest says it again.

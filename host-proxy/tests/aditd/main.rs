@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 mod access;
+mod adding;
 mod answers;
 mod asked;
 mod before;
@@ -13,6 +14,7 @@ mod changes;
 mod commands;
 mod cut;
 mod desk;
+mod discovered;
 mod dns;
 mod dns_servers;
 mod faults;
@@ -33,6 +35,7 @@ mod kept;
 #[path = "../../port/tests/kinds/mod.rs"]
 mod kinds;
 mod limits;
+mod locks;
 mod management;
 mod management_hostile;
 mod patience;

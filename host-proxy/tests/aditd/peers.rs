@@ -613,7 +613,7 @@ fn a_file_says_where_a_vm_is_whether_that_host_answers_or_not_and_is_read_again(
     assert!(there());
     // A list of all hosts has the row, and says whose it is.
     let all = alpha.host.get("/v1/resolve");
-    let row = json!({"name": "b", "host": "beta", "live": false, "generation": null, "by_map_of": "alpha"});
+    let row = json!({"name": "b", "host": "beta", "live": false, "generation": null, "locked": false, "by_map_of": "alpha"});
     assert_eq!(all["vms"][1], row, "{all}");
     assert_eq!(all["vms"][0].get("by_map_of"), None, "{all}");
     assert_eq!(all["silent"][0]["host"], "beta", "{all}");

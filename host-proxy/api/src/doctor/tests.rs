@@ -65,6 +65,17 @@ fn each_fact_fails_its_own_check_with_a_remedy_and_no_other() {
         (faulty("transport"), &["device"]),
         (with(|vm| vm.state = VmState::Waiting), &["session"]),
         (with(|vm| vm.state = VmState::Up), &["agent"]),
+        (faulty("carrier"), &["carrier"]),
+        (
+            with(|vm| {
+                vm.lock = Some(VmLock {
+                    reason: "a new kernel".into(),
+                    by: "user:root".into(),
+                    since: "2026-12-01T00:00:00Z".into(),
+                });
+            }),
+            &["lock"],
+        ),
         (faulty("agent"), &["agent program"]),
         (faulty("enrolment"), &["identity"]),
         (faulty("clone"), &["identity"]),

@@ -33,6 +33,7 @@ impl DialFailed {
             | Code::Ambiguous
             | Code::NotAllowed
             | Code::TooOften
+            | Code::Locked
             | Code::Internal => DialError::HelloRefused,
         };
         let (status, errno) = match error {
@@ -110,6 +111,7 @@ mod tests {
                 | Code::Ambiguous
                 | Code::NotAllowed
                 | Code::TooOften
+                | Code::Locked
                 | Code::Internal => {
                     assert_eq!(arrived.code(), Code::Other(0));
                 }

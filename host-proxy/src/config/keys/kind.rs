@@ -7,7 +7,7 @@ use crate::access::vms::Vms;
 use crate::access::{May, Subject, subject};
 use crate::config::access::{self, Address};
 use crate::config::hosts::{self, Pin};
-use crate::config::{ALLOW_MAX, Trust, UidRange};
+use crate::config::{ALLOW_MAX, Pattern, Trust, UidRange};
 use crate::reach::Suffix;
 
 /// What a key takes.
@@ -58,7 +58,9 @@ pub(in crate::config) enum Kind {
     Sha256,
     /// `{ NAME = "VALUE", … }`.
     Labels,
-    /// `"auto"`, `"vhost-user"` or `{ hybrid = PATH }`.
+    /// A path with a name in it.
+    Pattern,
+    /// `"auto"`, `"vhost-user"`, `"ring"` or `{ hybrid = PATH }`.
     Carrier,
 }
 
@@ -162,9 +164,12 @@ impl Kind {
             ),
             Self::Sha256 => "64 of 0-9 and a-f in quotes".into(),
             Self::Carrier => {
-                "\"auto\", \"vhost-user\" or { hybrid = PATH }, also with `half_closes = true`; the path is absolute, and of at most 96 \
+                "\"auto\", \"vhost-user\", \"ring\" or { hybrid = PATH }, also with `half_closes = true`; the path is absolute, and of at most 96 \
                  bytes"
                     .into()
+            }
+            Self::Pattern => {
+                "a path below `dir` in quotes, of at most 4 parts and 96 characters, with `{name}` in the first one: \"{name}/v.sock\"".into()
             }
             Self::Labels => format!("at most {LABELS_MAX} names with values: {{ env = \"prod\" }}"),
         }
@@ -180,7 +185,8 @@ impl Kind {
             Self::VmName => text.parse::<VmId>().is_ok(),
             Self::Listener => text.parse::<Address>().is_ok(),
             Self::Word(words) => words.contains(&text),
-            Self::Carrier => ["auto", "vhost-user"].contains(&text),
+            Self::Carrier => ["auto", "vhost-user", "ring"].contains(&text),
+            Self::Pattern => text.parse::<Pattern>().is_ok(),
             // With the suffix that is configured it is read once that is known.
             Self::Destination => access::destination(&Suffix::default(), text).is_some(),
             Self::Suffix => text.parse::<Suffix>().is_ok(),

@@ -516,7 +516,7 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         path: "vm.carrier",
         meaning: "How the guest is reached. \"auto\" and \"vhost-user\": the VMM connects to the VM's vhost.sock, and may offer a ring. \
-                  { hybrid = PATH }: the vsock socket of a Firecracker or Cloud Hypervisor; what the guest dials arrives at \
+                  \"ring\": the same, and it is a fault that there is no ring. { hybrid = PATH }: the vsock socket of a Firecracker or Cloud Hypervisor; what the guest dials arrives at \
                   PATH_741, which aditd makes. With half_closes = true the VMM is one that passes half-closes on, which \
                   Firecracker does not.",
         default: "\"auto\"",
@@ -560,5 +560,65 @@ pub(super) const KEYS: &[Key] = &[
             min: BYTES_PER_S.0,
             max: BYTES_PER_S.1,
         },
+    },
+    Key {
+        path: "discover.dir",
+        meaning: "Directory in which VMMs put their vsock sockets, as Firecracker and Cloud Hypervisor do. Each socket that is found is a VM, \
+                  until it and its directory are gone. Nobody but its owner may write there, and no link may lead there. A VM of the same \
+                  name that is configured or was added comes first.",
+        default: REQUIRED,
+        example: "\"/run/fc\"",
+        kind: Kind::Path,
+    },
+    Key {
+        path: "discover.pattern",
+        meaning: "Where the socket is below `dir`; `{name}` is the VM's name.",
+        default: REQUIRED,
+        example: "\"{name}/v.sock\"",
+        kind: Kind::Pattern,
+    },
+    Key {
+        path: "discover.half_closes",
+        meaning: "Whether these VMMs pass half-closes on, as `half_closes` of `vm.carrier` says of one.",
+        default: "false",
+        example: "true",
+        kind: Kind::Flag,
+    },
+    Key {
+        path: "discover.allow",
+        meaning: "As `vm.allow`, of each of them.",
+        default: "[]",
+        example: "[80, 22]",
+        kind: Kind::Numbers {
+            min: 1,
+            max: u16::MAX as u64,
+        },
+    },
+    Key {
+        path: "discover.allow_vsock",
+        meaning: "As `vm.allow_vsock`, of each of them.",
+        default: "[]",
+        example: "[5000]",
+        kind: Kind::Numbers {
+            min: 0,
+            max: U32 - 1,
+        },
+    },
+    Key {
+        path: "discover.allow_services",
+        meaning: "As `vm.allow_services`, of each of them.",
+        default: "[]",
+        example: "[\"docker\"]",
+        kind: Kind::Texts {
+            of: Texts::Services,
+            max: SERVICES_MAX,
+        },
+    },
+    Key {
+        path: "discover.labels",
+        meaning: "As `vm.labels`, of each of them.",
+        default: "{}",
+        example: "{ env = \"prod\" }",
+        kind: Kind::Labels,
     },
 ];

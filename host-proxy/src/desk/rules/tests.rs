@@ -109,7 +109,7 @@ fn a_held_goal_holds_later_goals_of_its_key_only_for_a_guest_that_keeps_their_or
         ..candidate(3, 7, TaskState::Queued, 0)
     };
     let takes = |overtake| {
-        let mut choice = Choice::new(10, overtake);
+        let mut choice = Choice::new(10, overtake, false);
         [&held, &later, &of_another_key].map(|task| choice.takes(task))
     };
     assert_eq!(takes(false), [false, false, true]);
@@ -119,7 +119,7 @@ fn a_held_goal_holds_later_goals_of_its_key_only_for_a_guest_that_keeps_their_or
 #[test]
 fn a_later_step_waits_for_an_earlier_one_that_is_passed_over() {
     // Its clock was set back: the goal is held again, and one step of it is still queued.
-    let mut choice = Choice::new(10, true);
+    let mut choice = Choice::new(10, true, false);
     let first = candidate(1, 5, TaskState::Queued, 50);
     assert!(!choice.takes(&first));
     let second = Candidate {
@@ -127,6 +127,16 @@ fn a_later_step_waits_for_an_earlier_one_that_is_passed_over() {
         ..first
     };
     assert!(!choice.takes(&second));
+}
+
+#[test]
+fn a_locked_vm_gets_what_it_was_handed_and_nothing_new() {
+    let mut choice = Choice::new(10, true, true);
+    let queued = candidate(1, 5, TaskState::Queued, 0);
+    let leased = candidate(1, 5, TaskState::Leased, 0);
+    let started = candidate(2, 6, TaskState::Started, 0);
+    let takes = [&queued, &leased, &started].map(|task| choice.takes(task));
+    assert_eq!(takes, [false, true, true]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use rusqlite::{Connection, params};
 use super::db::Migration;
 
 /// All steps, the first from nothing.
-pub const MIGRATIONS: &[Migration] = &[first, limits, specs, waiting, enrolments, trust];
+pub const MIGRATIONS: &[Migration] = &[first, limits, specs, waiting, enrolments, trust, locks];
 
 /// Bytes of each output stream that a goal lets a step keep.
 pub fn output_cap(goal: &Goal, step: &str) -> u32 {
@@ -128,6 +128,15 @@ CREATE TABLE trust (
 ) STRICT;
 CREATE TABLE identities (id BLOB PRIMARY KEY, vm TEXT NOT NULL, given_ms INTEGER NOT NULL) STRICT;
 CREATE INDEX identities_of_vm ON identities (vm, given_ms);
+",
+    )
+}
+
+/// Version 7: which VMs are locked.
+fn locks(c: &Connection) -> rusqlite::Result<()> {
+    c.execute_batch(
+        "
+CREATE TABLE locks (vm TEXT PRIMARY KEY, reason TEXT NOT NULL, by TEXT NOT NULL, since_ms INTEGER NOT NULL) STRICT;
 ",
     )
 }

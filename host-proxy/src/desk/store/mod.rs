@@ -8,6 +8,7 @@
 //! | `vms` | the settings of a VM that was added through the API |
 //! | `enrolments` | a VM's highest generation, and its guest's key |
 //! | `identities` | the id of a guest |
+//! | `locks` | a VM to which nothing new goes |
 //! | `trust` | a trust document for a VM, or for all |
 //! | `temp.begun` | a leased task that the guest has begun, in memory until the VM's next transaction |
 //!
@@ -19,6 +20,7 @@ pub mod db;
 pub mod enrolments;
 pub mod goals;
 pub mod identities;
+pub mod locks;
 pub mod migrations;
 pub mod page;
 pub mod report;
@@ -49,12 +51,17 @@ const PREVIEW_BYTES: usize = 200;
 /// The state as it is now.
 const STATE: &str =
     "CASE WHEN t.state = 'leased' AND b.at_ms IS NOT NULL THEN 'started' ELSE t.state END";
-const TASKS: &str =
-    "tasks t JOIN goals g USING (digest) LEFT JOIN temp.begun b ON b.task_id = t.task_id";
+/// Why it is in that state: a task that waits for a VM that is locked waits for that.
+const REASON: &str = "CASE WHEN t.state = 'queued' AND l.vm IS NOT NULL \
+     THEN 'its VM is locked' || CASE l.reason WHEN '' THEN '' ELSE ': ' || l.reason END ELSE t.reason END";
+const TASKS: &str = "tasks t JOIN goals g USING (digest) LEFT JOIN temp.begun b ON b.task_id = t.task_id \
+     LEFT JOIN locks l ON l.vm = t.vm";
 
 // What is open is what has not been closed. Its index has nothing else, which SQLite does not know.
 const COUNT_OPEN: &str =
     "SELECT count(*) FROM tasks INDEXED BY tasks_waiting WHERE vm = ?1 AND closed_ms IS NULL";
+const COUNT_LEASED: &str = "SELECT count(*) FROM tasks INDEXED BY tasks_waiting \
+     WHERE vm = ?1 AND closed_ms IS NULL AND state <> 'queued'";
 const OPEN_IN_ORDER: &str = "SELECT t.task_id, g.digest, t.step, t.attempt, t.state, g.signer, g.key_seq, \
      g.not_before_ms, g.not_after_ms FROM tasks t INDEXED BY tasks_waiting JOIN goals g USING (digest) \
      WHERE t.vm = ?1 AND t.closed_ms IS NULL ORDER BY g.key_seq, t.digest, t.step_no, t.attempt";
@@ -78,7 +85,7 @@ const RELEASED: &str = "SELECT DISTINCT t.vm FROM tasks t INDEXED BY tasks_waiti
 /// Columns for [`row_to_task`].
 fn task_columns() -> String {
     format!(
-        "t.task_id, g.goal_id, t.vm, t.step, t.attempt, {STATE}, t.exit, t.reason, t.queued_ms, \
+        "t.task_id, g.goal_id, t.vm, t.step, t.attempt, {STATE}, t.exit, {REASON}, t.queued_ms, \
          coalesce(t.started_ms, b.at_ms), t.ended_ms, t.out_total, t.err_total, coalesce(substr(t.out_head, 1, 200), x'')"
     )
 }
@@ -125,6 +132,12 @@ pub fn insert_task(c: &Connection, task: &NewTask<'_>, now_ms: i64) -> rusqlite:
         task.reason,
     ])?;
     Ok(())
+}
+
+/// Number of a VM's tasks that were handed out and have not ended.
+pub fn count_leased(c: &Connection, vm: &str) -> rusqlite::Result<u32> {
+    c.prepare_cached(COUNT_LEASED)?
+        .query_row([vm], |r| r.get(0))
 }
 
 /// Number of a VM's tasks that are not terminal.

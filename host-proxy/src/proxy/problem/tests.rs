@@ -87,6 +87,15 @@ fn walk(code: Code) -> (Problem, Heard) {
         Code::Ambiguous => (of_host("x"), (409, "destination_not_found", None, "x")),
         Code::NotAllowed => (of_host("x"), (403, "http_request_denied", None, "x")),
         Code::TooOften => (of_host("x"), (429, "connection_limit_reached", LATER, "x")),
+        Code::Locked => (
+            of_host("x"),
+            (
+                503,
+                "destination_unavailable",
+                None,
+                "x; wait for whoever locked it, or open it on its host: `adit vm unlock` with its name",
+            ),
+        ),
         Code::NoPortProcess => (of_host("x"), (503, "destination_unavailable", LATER, "x")),
         Code::Internal => (of_host("x"), (500, "proxy_internal_error", None, "x")),
         Code::NoSession => (

@@ -164,7 +164,7 @@ impl Books for Model {
             (row.task.key_seq, row.task.digest, step_no, row.attempt)
         });
         let holds_nothing = self.has(Fault::HoldsNothing);
-        let mut choice = Choice::new(now, overtake || self.has(Fault::Overtakes));
+        let mut choice = Choice::new(now, overtake || self.has(Fault::Overtakes), false);
         let next = ids.into_iter().find(|id| {
             let mut task = self.rows[id].task.clone();
             if holds_nothing {

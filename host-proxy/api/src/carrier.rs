@@ -1,0 +1,66 @@
+//! How a guest is to be reached, as `carrier` of `[[vm]]` in aditd.toml says it.
+
+use serde::{Deserialize, Serialize};
+
+/// How a new VM's guest is to be reached.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum NewCarrier {
+    /// By what needs no more than its name.
+    Named(CarrierName),
+    /// By the sockets of a VMM that has one for each stream.
+    Hybrid(NewHybrid),
+}
+
+/// Carriers without parameters.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CarrierName {
+    /// What the VMM brings: vhost-user, and a ring where it offers one.
+    Auto,
+    /// The same, said.
+    VhostUser,
+    /// The same, and that there is no ring is a fault.
+    Ring,
+}
+
+/// The sockets of Firecracker and Cloud Hypervisor.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewHybrid {
+    /// The VMM's socket: an absolute path.
+    pub hybrid: String,
+    /// The VMM passes a half-close on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub half_closes: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_carrier_is_written_as_in_the_configuration() {
+        let hybrid = |half_closes| {
+            NewCarrier::Hybrid(NewHybrid {
+                hybrid: "/a/v.sock".into(),
+                half_closes,
+            })
+        };
+        for (text, carrier) in [
+            (r#""vhost-user""#, NewCarrier::Named(CarrierName::VhostUser)),
+            (r#""ring""#, NewCarrier::Named(CarrierName::Ring)),
+            (r#"{"hybrid":"/a/v.sock"}"#, hybrid(false)),
+            (r#"{"hybrid":"/a/v.sock","half_closes":true}"#, hybrid(true)),
+        ] {
+            assert_eq!(serde_json::to_string(&carrier).unwrap(), text);
+            assert_eq!(serde_json::from_str::<NewCarrier>(text).unwrap(), carrier);
+        }
+        for none in [r#""hybrid""#, r#"{"hybrid":"/a","cid":3}"#, "3"] {
+            serde_json::from_str::<NewCarrier>(none).unwrap_err();
+        }
+    }
+}
