@@ -99,6 +99,10 @@ pub trait Carrier {
 
     /// Returns what this carrier supports.
     fn caps(&self) -> CarrierCaps;
+    /// Features that hellos over it have to offer: what it lacks, the two ends make up for.
+    fn hello_features(&self) -> u64 {
+        0
+    }
     /// Starts a burst, with one snapshot of guest memory for the whole burst.
     fn begin(&mut self);
     /// Takes the next packet from the guest. Malformed chains are returned to the guest, counted and skipped.
@@ -267,6 +271,10 @@ pub trait TxSlot {
     /// # Errors
     /// As `readv`: `WouldBlock`, `ConnectionReset`, …
     fn read_from(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize>;
+    /// Returns true if the descriptor may have more, although fewer bytes were read of it than it was asked for.
+    fn may_have_left_some(&self) -> bool {
+        false
+    }
     /// Writes the header and marks the slot as used, with the bytes that were written.
     fn commit(self, h: &PacketHeader);
 }

@@ -43,6 +43,10 @@ impl<A: Carrier, B: Carrier> Carrier for Either<A, B> {
         both!(self, c => c.caps())
     }
 
+    fn hello_features(&self) -> u64 {
+        both!(self, c => c.hello_features())
+    }
+
     fn begin(&mut self) {
         both!(self, c => c.begin());
     }
@@ -151,6 +155,10 @@ impl<A: TxSlot, B: TxSlot> TxSlot for Either<A, B> {
 
     fn read_from(&mut self, fd: BorrowedFd<'_>, max: u32) -> io::Result<usize> {
         both!(self, s => s.read_from(fd, max))
+    }
+
+    fn may_have_left_some(&self) -> bool {
+        both!(self, s => s.may_have_left_some())
     }
 
     fn commit(self, h: &PacketHeader) {

@@ -52,6 +52,9 @@ pub const PREFIX_LEN: usize = 64;
 pub const TAIL_MAX: usize = 1024;
 /// Maximum length of the explanation in a refusal, in bytes.
 pub const TEXT_MAX: usize = 512;
+/// Bit of the features of a hello that the host dials: the bytes behind the hello are [chunks](crate::chunk), in both directions.
+/// Offered where the carrier does not keep half-closes; in the accept of an agent that knows them.
+pub const CHUNKS: u64 = 1;
 /// Bytes of a MAC.
 pub const MAC_LEN: usize = 32;
 
@@ -133,7 +136,16 @@ pub struct Open {
     /// What the service is told beside its name.
     pub extensions: Extensions,
     /// That it is the host's, where others can dial, too: see [`HostKey`].
-    pub mac: Option<[u8; MAC_LEN]>,
+    pub mac: Option<Mac>,
+}
+
+/// What only a holder of a [`HostKey`] can say of a hello.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mac {
+    /// Above 0, and no two hellos with one key have the same: whoever has seen one cannot use it again.
+    pub serial: u64,
+    /// It covers the serial number, too.
+    pub bytes: [u8; MAC_LEN],
 }
 
 impl Open {
@@ -334,7 +346,8 @@ impl Hello {
                 versions = (o.version_min, o.version_max);
                 o.extensions.put_into(&mut tail);
                 if let Some(mac) = &o.mac {
-                    tlv::put(&mut tail, tlv::MAC, mac);
+                    let value = [&mac.serial.to_le_bytes()[..], &mac.bytes].concat();
+                    tlv::put(&mut tail, tlv::MAC, &value);
                 }
                 &o.common
             }

@@ -29,9 +29,14 @@ use crate::port::Notice;
 use crate::shard::{News, PortIndex, Shard};
 use crate::sink::Sink;
 use crate::socket_path;
+#[cfg(feature = "test-util")]
+pub use clients::{Asked, asked};
 use clients::{Clients, Request};
 use reach::{Reach, Reached};
 
+#[cfg(feature = "test-util")]
+/// Longest line of a client, with its end.
+pub const LINE_MAX: usize = clients::LINE_MAX;
 const KEY_LISTENER: u32 = 0;
 /// Key of the client with index 0.
 const KEY_FIRST: u32 = 1;

@@ -5,6 +5,7 @@
 mod backlog;
 #[cfg(feature = "device")]
 pub mod carrier;
+pub mod chunk;
 #[cfg(feature = "device")]
 pub mod device;
 #[cfg(feature = "device")]

@@ -22,7 +22,8 @@
 //! | `authority` | a client's name of a VM and a port | one spelling, in every case |
 //! | `socks5` | a SOCKS5 client's | itself in other pieces; a second reader of what it asks for |
 //! | `gate` | a client's of `adit proxy`: heads, bodies, SOCKS5 | a second reader of what a host gets of it; itself in other pieces; it ends |
-//! | `hybrid_connect` | a VMM's answer to `CONNECT` | itself in other pieces; a second reader |
+//! | `hybrid_connect` | a VMM's answer to `CONNECT`, and a client's line to ours | itself in other pieces; a second reader |
+//! | `hybrid_frames` | an agent's chunks, where the VMM does not keep half-closes | itself in other pieces; a second reader; what a writer makes |
 //! | `client_hello_sni` | a TLS client's first message | a part of itself |
 //! | `dns_query` | a DNS client's | a second reader of header and question; a bound on the answer |
 //! | `grants` | an operator's grants, and a caller's names | one spelling; a second reader of the decision |
@@ -49,6 +50,7 @@ mod gate;
 mod grants;
 mod http_head;
 mod hybrid_connect;
+mod hybrid_frames;
 mod input;
 mod mem_table;
 mod package;
@@ -72,7 +74,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 24] = [
+pub const TARGETS: [(&str, Target); 25] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -94,6 +96,7 @@ pub const TARGETS: [(&str, Target); 24] = [
     ("socks5", socks5::run),
     ("gate", gate::run),
     ("hybrid_connect", hybrid_connect::run),
+    ("hybrid_frames", hybrid_frames::run),
     ("client_hello_sni", client_hello_sni::run),
     ("dns_query", dns_query::run),
     ("grants", grants::run),

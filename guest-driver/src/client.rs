@@ -160,7 +160,7 @@ impl Client {
             lane: 0,
             ..Open::new(service, self.identity.common())
         };
-        open.common.features |= wire::FEATURES | wire::KEY;
+        open.common.features |= wire::FEATURES | wire::KEY | wire::CHUNKS;
         (&conn).write_all(&Hello::Open(open).encode())?;
         match hello::read(&mut &conn)? {
             Hello::Accept(accept) => {

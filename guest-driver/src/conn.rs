@@ -2,7 +2,7 @@
 //!
 //! `MSG_NOSIGNAL` throughout: a peer that went away is an error value, never a signal.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -89,6 +89,10 @@ impl Write for &Conn {
             buf,
             MsgFlags::MSG_NOSIGNAL,
         )?)
+    }
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        let (fd, flags) = (self.0.as_raw_fd(), MsgFlags::MSG_NOSIGNAL);
+        Ok(socket::sendmsg::<()>(fd, bufs, &[], flags, None)?)
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())

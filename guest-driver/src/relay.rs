@@ -11,14 +11,17 @@
 //!   Unix sockets. Once our own direction has ended, the two cannot be told apart any more.
 //! - A stream is broken off by closing it without a shutdown: the host can tell that from an end, and on TCP it is a reset. The
 //!   same happens to both if this process is killed.
+//! - Where the host's side is in chunks ([`relay_chunks`]), its end and ours are chunks, and bytes that stop without one are broken
+//!   off. Otherwise all of this is the same.
 //! - A write error stops that direction only; the other one is read to its end first, because a server that refuses a
 //!   body has usually sent the reason why.
 //! - One thread, no timer: it sleeps in `poll` and asks only for events that it can act on, so that a full buffer, or a hang-up
 //!   about which nothing can be done, costs no wake-up.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::AsFd;
 
+use adit_channel::chunk::{Reader, Stop, Writer};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -62,11 +65,20 @@ struct Dir {
     readable: bool,
     writable: bool,
     moved: u64,
+    /// What is read are chunks.
+    reader: Option<Reader>,
+    /// What is written are chunks.
+    writer: Option<Writer>,
+    /// The end is written, or on its way.
+    stopping: bool,
 }
 
 impl Dir {
-    fn new() -> Self {
+    fn new(reader: Option<Reader>, writer: Option<Writer>) -> Self {
         Self {
+            reader,
+            writer,
+            stopping: false,
             buf: vec![0; BUF_BYTES],
             start: 0,
             end: 0,
@@ -87,7 +99,65 @@ impl Dir {
     }
 
     fn wants_write(&self) -> bool {
-        self.pending() && self.sink == Sink::Open
+        (self.pending() || self.owes_head()) && self.sink == Sink::Open
+    }
+
+    fn owes_head(&self) -> bool {
+        self.writer.as_ref().is_some_and(Writer::owes_head)
+    }
+
+    /// So many bytes were read behind `end`.
+    fn read(&mut self, n: usize) {
+        let Some(reader) = &mut self.reader else {
+            self.end += n;
+            return;
+        };
+        let (payload, outcome) = reader.unwrap(&mut self.buf[self.end..self.end + n]);
+        self.end += payload;
+        match (outcome, reader.stopped()) {
+            (Ok(()), None) => {}
+            (Ok(()), Some(Stop::End)) => self.source = Source::Ended,
+            (Err(_), _) | (Ok(()), Some(Stop::Abort)) => self.source = Source::Failed,
+        }
+    }
+
+    /// Writes some of what is pending. Returns how much of it.
+    fn write(&mut self, mut to: &Conn) -> io::Result<usize> {
+        let pending = &self.buf[self.start..self.end];
+        let Some(writer) = &mut self.writer else {
+            return to.write(pending);
+        };
+        let (head, n) = writer.next(pending.len());
+        let n = to.write_vectored(&[IoSlice::new(head), IoSlice::new(&pending[..n])])?;
+        Ok(writer.sent(n))
+    }
+
+    /// Passes the end on. Returns false if it has to wait.
+    fn pass_on_end(&mut self, to: &Conn) -> bool {
+        let Some(writer) = &mut self.writer else {
+            self.sink = match to.shutdown_write() {
+                Ok(()) => Sink::Shut,
+                Err(_) => Sink::Failed,
+            };
+            return true;
+        };
+        if !std::mem::replace(&mut self.stopping, true) {
+            // Nothing is pending, so it is between chunks.
+            let _ = writer.stop(Stop::End);
+            return true;
+        }
+        if !writer.owes_head() {
+            self.sink = Sink::Shut;
+        }
+        self.sink == Sink::Shut
+    }
+
+    /// Says that all is broken off, if there is room for that: the close behind it says the same.
+    fn say_abort(&mut self, to: &Conn) {
+        if self.sink == Sink::Open && self.writer.as_mut().is_some_and(|w| w.stop(Stop::Abort)) {
+            (self.start, self.end) = (0, 0);
+            let _ = self.write(to);
+        }
     }
 
     fn finished(&self) -> bool {
@@ -95,20 +165,25 @@ impl Dir {
     }
 
     /// Moves what can be moved now; true if anything changed.
-    fn pump(&mut self, mut from: &Conn, mut to: &Conn, broken_off: impl Fn() -> bool) -> bool {
+    fn pump(&mut self, mut from: &Conn, to: &Conn, broken_off: impl Fn() -> bool) -> bool {
         let mut progress = false;
         if self.wants_read() && self.readable {
             match from.read(&mut self.buf[self.end..]) {
-                Ok(0) if broken_off() => (self.source, progress) = (Source::Failed, true),
+                Ok(0) if self.reader.is_some() || broken_off() => {
+                    (self.source, progress) = (Source::Failed, true);
+                }
                 Ok(0) => (self.source, progress) = (Source::Ended, true),
-                Ok(n) => (self.end, progress) = (self.end + n, true),
+                Ok(n) => {
+                    self.read(n);
+                    progress = true;
+                }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
                 Err(e) if e.kind() == ErrorKind::Interrupted => progress = true,
                 Err(_) => (self.source, progress) = (Source::Failed, true),
             }
         }
         if self.wants_write() && self.writable {
-            match to.write(&self.buf[self.start..self.end]) {
+            match self.write(to) {
                 Ok(n) => {
                     self.start += n;
                     self.moved += n as u64;
@@ -123,12 +198,7 @@ impl Dir {
             }
         }
         if self.source == Source::Ended && !self.pending() && self.sink == Sink::Open {
-            self.sink = if to.shutdown_write().is_ok() {
-                Sink::Shut
-            } else {
-                Sink::Failed
-            };
-            progress = true;
+            progress |= self.pass_on_end(to);
         }
         progress
     }
@@ -139,10 +209,22 @@ impl Dir {
 /// # Errors
 /// Only if the streams cannot be polled at all.
 pub fn relay(a: &Conn, b: &Conn) -> io::Result<Moved> {
+    relay_dirs(a, b, [Dir::new(None, None), Dir::new(None, None)])
+}
+
+/// As [`relay`], where the host's side is in chunks.
+///
+/// # Errors
+/// As above.
+pub fn relay_chunks(a: &Conn, b: &Conn, reader: Reader, writer: Writer) -> io::Result<Moved> {
+    let to_local = Dir::new(Some(reader), None);
+    relay_dirs(a, b, [to_local, Dir::new(None, Some(writer))])
+}
+
+fn relay_dirs(a: &Conn, b: &Conn, mut dirs: [Dir; 2]) -> io::Result<Moved> {
     a.set_nonblocking()?;
     b.set_nonblocking()?;
     b.reset_on_close(true);
-    let mut dirs = [Dir::new(), Dir::new()];
     loop {
         let [ab, ba] = &mut dirs;
         let answering = ba.sink != Sink::Shut;
@@ -153,6 +235,9 @@ pub fn relay(a: &Conn, b: &Conn) -> io::Result<Moved> {
         if failed || dirs.iter().all(Dir::finished) {
             let aborted = failed || dirs.iter().any(|d| d.sink == Sink::Failed);
             b.reset_on_close(aborted);
+            if failed {
+                dirs[1].say_abort(a);
+            }
             return Ok(Moved {
                 a_to_b: dirs[0].moved,
                 b_to_a: dirs[1].moved,

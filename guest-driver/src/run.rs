@@ -13,7 +13,7 @@ use crate::live::Live;
 use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::agent::Agent;
-use crate::serve::{Identity, Server, blob};
+use crate::serve::{Admission, Identity, Server, blob};
 use crate::transport::Transport;
 use crate::upgrade::{Begun, Upgrade};
 use crate::{enrol, facts, journald, log, protect};
@@ -76,7 +76,7 @@ pub fn run(
     let identity = Arc::new(Identity {
         boot_nonce: facts::boot_nonce(),
         epoch: AtomicU64::new(0),
-        admission: Default::default(),
+        admission: Admission::of_this_boot(&run_dir),
     });
     let enrolment = enrol::at_start(&config);
     let (ports, services) = (config.allow_ports.clone(), config.service.clone());

@@ -5,6 +5,7 @@
 //! - the agent dials from a *privileged* source port, which a process without `CAP_NET_BIND_SERVICE` cannot bind, so
 //!   the host can tell the agent from an unprivileged process of the same guest. The same right is needed to listen.
 
+mod chunked;
 pub mod ring;
 
 use std::io::{self, Read, Write};
@@ -13,11 +14,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use adit_channel::hello::PORT;
+use adit_channel::hello::{CHUNKS, PORT};
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType};
 use vsock::{VsockAddr, VsockListener};
 
+use self::chunked::Chunked;
 use crate::conn::Conn;
 use crate::exec::reap;
 use crate::relay;
@@ -70,6 +72,19 @@ pub trait HostStream: Send + 'static {
     /// The stream is gone.
     fn end_sending(&self) -> io::Result<()>;
 
+    /// Features of hellos that it has.
+    fn features(&self) -> u64 {
+        0
+    }
+
+    /// It as it is behind a hello with these of its features.
+    fn speaking(self, _features: u64) -> Box<dyn HostStream>
+    where
+        Self: Sized,
+    {
+        Box::new(self)
+    }
+
     /// Relays to a local socket and back, without a time limit; may return before the streams have ended.
     ///
     /// # Errors
@@ -93,6 +108,17 @@ impl HostStream for Conn {
 
     fn end_sending(&self) -> io::Result<()> {
         self.shutdown_write()
+    }
+
+    fn features(&self) -> u64 {
+        CHUNKS
+    }
+
+    fn speaking(self, features: u64) -> Box<dyn HostStream> {
+        match features & CHUNKS {
+            0 => Box::new(self),
+            _ => Box::new(Chunked::new(self)),
+        }
     }
 
     fn relay_to(self: Box<Self>, local: Self) -> io::Result<()> {

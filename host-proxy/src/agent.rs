@@ -68,6 +68,7 @@ pub async fn converse(
 ) -> io::Result<()> {
     let (reader, mut writer) = tokio::io::split(stream);
     if vm.channel.hybrid().is_some() {
+        vm.agent.knows_chunks(features & wire::CHUNKS != 0);
         give_key(vm, features, &mut writer).await?;
     }
     let (to, frames) = mpsc::channel(AHEAD_MAX);

@@ -59,6 +59,10 @@ pub const IDENTITY: u64 = 4;
 /// guest others can dial too has it, and then its first frame is the key.
 pub const KEY: u64 = 8;
 
+/// Bit of a hello's features: on what the host dials the agent knows chunks, which carry the ends of streams where a VMM does not
+/// (`adit_channel::chunk`). For people: each stream's own hello decides. Only a host with such a carrier has it.
+pub const CHUNKS: u64 = 16;
+
 /// All that every host has.
 pub const FEATURES: u64 = WINDOW | TRUST | IDENTITY;
 
@@ -413,6 +417,7 @@ mod tests {
         let kinds = [WireKind::Identity, WireKind::Identified];
         assert_eq!(kinds.map(|k| k as u16), [16, 17]);
         assert_eq!((WINDOW, TRUST, IDENTITY), (1, 2, 4));
+        assert_eq!((KEY, CHUNKS), (8, 16));
     }
 
     #[test]

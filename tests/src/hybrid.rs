@@ -16,8 +16,9 @@ use adit_guest_driver::serve::{Identity, Server, blob};
 use adit_guest_driver::transport::Listen;
 use anyhow::{Context, bail};
 
-/// The feature of `tasks` by which an agent asks for a key, and the frame that has it.
+/// The features of `tasks` by which an agent asks for a key, and says that it knows chunks; and the frame that has the key.
 const KEY: u64 = 8;
+const CHUNKS: u64 = 16;
 const HOST_KEY: u16 = 19;
 
 /// What a VMM does with half-closes.
@@ -100,14 +101,14 @@ impl Vmm {
     pub fn claim_agent(&self, boot_nonce: [u8; 16]) -> anyhow::Result<(UnixStream, HostKey)> {
         let mut stream = self.dial_host()?;
         let common = Common {
-            features: KEY,
+            features: KEY | CHUNKS,
             boot_nonce,
             ..Common::default()
         };
         let open = Hello::Open(Open::new("tasks".parse()?, common));
         stream.write_all(&open.encode())?;
         match hello::read(&mut stream)? {
-            Hello::Accept(accept) if accept.common.features == KEY => {}
+            Hello::Accept(accept) if accept.common.features == KEY | CHUNKS => {}
             other => bail!("{other:?}"),
         }
         let (header, body) = frame::read(&mut stream, 1024)?.context("a frame")?;

@@ -3,13 +3,15 @@
 //! These tests need the binaries that `cargo xtask test` builds. Without them they print that and pass.
 #![allow(missing_docs)]
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use adit_channel::hello::{Common, Hello, HostKey, Open};
 use adit_channel::refusal::Code;
+use adit_channel::socket_end;
 use adit_tests::host::Host;
 use adit_tests::hybrid::{Kind, Vmm};
 use adit_tests::process::wait_for;
@@ -50,7 +52,12 @@ struct World {
 
 impl World {
     fn new(bins: &std::path::Path, kind: Kind) -> Self {
-        let (dir, port) = (tempfile::tempdir().unwrap(), echo());
+        Self::serving(bins, kind, echo())
+    }
+
+    /// With a server of the guest on this port.
+    fn serving(bins: &std::path::Path, kind: Kind, port: u16) -> Self {
+        let dir = tempfile::tempdir().unwrap();
         let half_closes = kind == Kind::Keeps;
         let config = format!(
             "[proxy]\nlisten = \"127.0.0.1:0\"\n[[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n\
@@ -153,15 +160,134 @@ fn a_vm_with_a_socket_for_each_stream_is_served_as_it_is() {
         tunnel.read_exact(&mut back).unwrap();
         assert!(back == big);
         sending.join().unwrap();
-        // Where the VMM keeps half-closes, the guest's server sees the client's.
-        if kind == Kind::Keeps {
-            tunnel.write_all(b"last").unwrap();
-            tunnel.shutdown(Shutdown::Write).unwrap();
-            let mut rest = Vec::new();
-            tunnel.read_to_end(&mut rest).unwrap();
-            assert_eq!(rest, b"last");
-        }
+        // The guest's server sees the client's end, by chunks where the VMM does not pass it on, and answers behind it.
+        tunnel.write_all(b"last").unwrap();
+        tunnel.shutdown(Shutdown::Write).unwrap();
+        let mut rest = Vec::new();
+        tunnel.read_to_end(&mut rest).unwrap();
+        assert_eq!(rest, b"last");
+        let why = world.show()["carrier"]["why"].to_string();
+        assert_eq!(why.contains("chunks carry"), kind == Kind::Closes, "{why}");
     }
+}
+
+/// A server of the guest that does this with each client.
+fn server(serve: fn(TcpStream)) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            std::thread::spawn(move || serve(client));
+        }
+    });
+    port
+}
+
+fn word(mut from: &TcpStream) -> [u8; 4] {
+    let mut word = [0; 4];
+    from.read_exact(&mut word).unwrap();
+    word
+}
+
+#[test]
+fn r117_each_end_arrives_while_the_other_direction_goes_on() {
+    let Some(bins) = bins() else { return };
+    for kind in [Kind::Closes, Kind::Keeps] {
+        // The client ends first, and the answer is long.
+        let port = server(|mut guest| {
+            let mut asked = Vec::new();
+            guest.read_to_end(&mut asked).unwrap();
+            guest.write_all(&asked.repeat(200_000)).unwrap();
+        });
+        let world = World::serving(&bins, kind, port);
+        let vmm = world.vmm(kind);
+        let _agent = world.agent(&vmm);
+        let mut tunnel = world.tunnel();
+        tunnel.write_all(b"question").unwrap();
+        tunnel.shutdown(Shutdown::Write).unwrap();
+        let mut answer = Vec::new();
+        tunnel.read_to_end(&mut answer).unwrap();
+        assert!(answer == b"question".repeat(200_000), "{kind:?}");
+        // The guest ends first, and hears all that comes after it: it says so on the next connection.
+        static HEARD: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+        let port = server(|mut guest| {
+            guest.write_all(b"done").unwrap();
+            guest.shutdown(Shutdown::Write).unwrap();
+            let mut heard = Vec::new();
+            guest.read_to_end(&mut heard).unwrap();
+            *HEARD.lock().unwrap() = heard;
+        });
+        HEARD.lock().unwrap().clear();
+        let world = World::serving(&bins, kind, port);
+        let vmm = world.vmm(kind);
+        let _agent = world.agent(&vmm);
+        let mut tunnel = world.tunnel();
+        let mut said = Vec::new();
+        tunnel.read_to_end(&mut said).unwrap();
+        assert_eq!(said, b"done");
+        let long = b"and more".repeat(100_000);
+        tunnel.write_all(&long).unwrap();
+        tunnel.shutdown(Shutdown::Write).unwrap();
+        let heard = wait_for("what the client sent", SOON, || {
+            let heard = HEARD.lock().unwrap().clone();
+            Ok((!heard.is_empty()).then_some(heard))
+        });
+        assert!(heard.unwrap() == long, "{kind:?}");
+    }
+}
+
+#[test]
+fn r117_what_is_broken_off_on_one_side_is_reset_on_the_other() {
+    let Some(bins) = bins() else { return };
+    static ENDS: Mutex<Vec<Result<usize, ErrorKind>>> = Mutex::new(Vec::new());
+    // The scripted VMM that keeps half-closes passes a close on as an end, so only chunks can show the difference here.
+    let kind = Kind::Closes;
+    let port = server(|mut guest| {
+        match &word(&guest) {
+            b"stop" => {
+                guest.write_all(b"half").unwrap();
+                socket_end::reset_on_close(&guest, true);
+            }
+            _ => {
+                guest.write_all(b"half").unwrap();
+                let end = guest.read(&mut [0]).map_err(|e| e.kind());
+                ENDS.lock().unwrap().push(end);
+            }
+        };
+    });
+    let world = World::serving(&bins, kind, port);
+    let vmm = world.vmm(kind);
+    let _agent = world.agent(&vmm);
+    // The guest's server breaks off.
+    let mut tunnel = world.tunnel();
+    tunnel.write_all(b"stop").unwrap();
+    let mut said = Vec::new();
+    let end = tunnel.read_to_end(&mut said).map_err(|e| e.kind());
+    assert!(b"half".starts_with(&said[..]), "{said:?}");
+    assert_eq!(end, Err(ErrorKind::ConnectionReset), "{kind:?}");
+    // The client does.
+    let mut tunnel = world.tunnel();
+    tunnel.write_all(b"wait").unwrap();
+    assert_eq!(&word(&tunnel), b"half");
+    socket_end::reset_on_close(&tunnel, true);
+    drop(tunnel);
+    let end = wait_for("the end at the guest's server", SOON, || {
+        Ok(ENDS.lock().unwrap().pop())
+    });
+    assert_eq!(end.unwrap(), Err(ErrorKind::ConnectionReset), "{kind:?}");
+    // So does the port process that is killed in the middle: neither side sees an end.
+    let mut tunnel = world.tunnel();
+    tunnel.write_all(b"wait").unwrap();
+    assert_eq!(&word(&tunnel), b"half");
+    let pid = i32::try_from(world.port_pid().unwrap()).unwrap();
+    let pid = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let end = tunnel.read(&mut [0]).map_err(|e| e.kind());
+    assert_eq!(end, Err(ErrorKind::ConnectionReset), "{kind:?}");
+    let end = wait_for("the end at the guest's server", SOON, || {
+        Ok(ENDS.lock().unwrap().pop())
+    });
+    assert_eq!(end.unwrap(), Err(ErrorKind::ConnectionReset), "{kind:?}");
 }
 
 #[test]
@@ -199,7 +325,7 @@ fn whoever_else_may_open_the_vmms_socket_is_refused_by_the_agent() {
     vmm.identity.admission.require(true);
     let open = |service: &str, key: Option<[u8; 32]>| {
         let mut open = Open::new(service.parse().unwrap(), Common::default());
-        open.mac = key.map(|key| HostKey::new(key).mac(&open));
+        open.mac = key.map(|key| HostKey::new(key).mac(&open, 1));
         open
     };
     let port = format!("tcp:{}", world.port);

@@ -4,10 +4,12 @@
 //!
 //! - A cell is a process of its own that forks: two processes pinned to two processors ([`adit_benches::duel`]), with a port
 //!   and a shard in each. `--cell NAME` runs one cell and prints its numbers.
+//! - The cells whose name begins with `hybrid` are tunnels over the sockets of a VMM that has one for each stream, beside `socat`.
 //! - Shards poll, as the ends of the bare ring do. The cells with tokio and with eventfds sleep.
 
 mod bare;
 mod first;
+mod hybrid;
 #[path = "../ring/others.rs"]
 #[allow(dead_code)] // some of its contenders
 mod others;
@@ -24,6 +26,7 @@ use std::process::Command;
 
 use adit_benches::duel::{self, Home, RING};
 use adit_benches::report::{Better, Figure};
+use hybrid::Way::{Chunks, Plain, Socat};
 
 /// Bytes of a write in the bulk cells.
 pub const BULK: usize = 64 << 10;
@@ -46,13 +49,33 @@ fn cell(name: &str) -> Vec<f64> {
         "packet" => packet::both().to_vec(),
         "trip tokio" => tasks::trips(),
         "trip eventfd" => others::eventfds(),
+        "hybrid to" => hybrid::bulk(Plain, true),
+        "hybrid to, chunks" => hybrid::bulk(Chunks, true),
+        "hybrid to, socat" => hybrid::bulk(Socat, true),
+        "hybrid from" => hybrid::bulk(Plain, false),
+        "hybrid from, chunks" => hybrid::bulk(Chunks, false),
+        "hybrid from, socat" => hybrid::bulk(Socat, false),
+        "hybrid trip" => hybrid::trips(Plain),
+        "hybrid trip, chunks" => hybrid::trips(Chunks),
+        "hybrid trip, socat" => hybrid::trips(Socat),
+        "hybrid idle" => hybrid::idle(),
         "trip process" => bare::round_trip(None).to_vec(),
         "trip guest" => bare::round_trip(image().as_deref()).to_vec(),
         _ => panic!("no cell {name:?}"),
     }
 }
 
-const CELLS: [&str; 9] = [
+const CELLS: [&str; 19] = [
+    "hybrid to",
+    "hybrid to, chunks",
+    "hybrid to, socat",
+    "hybrid from",
+    "hybrid from, chunks",
+    "hybrid from, socat",
+    "hybrid trip",
+    "hybrid trip, chunks",
+    "hybrid trip, socat",
+    "hybrid idle",
     "bulk ring",
     "bulk unix",
     "bulk stream",
@@ -64,8 +87,9 @@ const CELLS: [&str; 9] = [
     "trip eventfd",
 ];
 
-/// What the numbers of the cells `first` and `packet` are; other cells have one figure, by their own name.
+/// What the numbers of cells `first`, `packet` and `hybrid idle` are; other cells have one figure, by their own name.
 const FIRST: [&str; 3] = ["first opened", "first dialled", "first warm"];
+const IDLE: [&str; 2] = ["hybrid idle", "hybrid wakeups"];
 const PACKET: [&str; 2] = ["packet raw", "packet own"];
 
 /// Cells that run beside a guest. They never run in real time: to make a guest, KVM needs threads of the kernel, and a side that
@@ -165,6 +189,7 @@ fn figures(all: &BTreeMap<&str, Vec<f64>>) -> Vec<Figure> {
         )
         .beside("GuestAddressSpace", of("packet own"), 1.05, 1.0),
     ];
+    figures.extend(hybrid_figures(&bulk, &of));
     if all.contains_key("trip guest") {
         let name = "bare ring, 64 B round trip with a guest that runs in user mode on KVM";
         let guest = trip(name, "trip guest");
@@ -174,6 +199,50 @@ fn figures(all: &BTreeMap<&str, Vec<f64>>) -> Vec<Figure> {
             "skipped: a guest on KVM: /dev/kvm cannot be opened, or there is no --image (`cargo xtask bench carrier` builds it)"
         );
     }
+    figures
+}
+
+/// Tunnels over a socket for each stream.
+fn hybrid_figures<'a>(
+    bulk: &impl Fn(&str) -> Vec<f64>,
+    of: &impl Fn(&str) -> &'a [f64],
+) -> Vec<Figure> {
+    let (more, less) = (Better::Higher, Better::Lower);
+    let mut figures = Vec::new();
+    for (way, what) in [("to", "to the guest"), ("from", "from the guest")] {
+        let [plain, chunks, socat] =
+            ["", ", chunks", ", socat"].map(|with| bulk(&format!("hybrid {way}{with}")));
+        let name = format!("tunnel over a hybrid socket, 64 KiB writes {what}");
+        figures.push(Figure::alone(&name, "MB/s", more, &plain).beside("socat", &socat, 1.5, 2.0));
+        let name = format!("the same with ends among the bytes, {what}");
+        figures
+            .push(Figure::alone(name, "MB/s", more, &chunks).beside("without", &plain, 0.8, 0.95));
+    }
+    let trip = |name: &str, cell: &str| Figure::alone(name, "ns", less, of(cell));
+    let socat = of("hybrid trip, socat");
+    figures.extend([
+        trip(
+            "tunnel over a hybrid socket, 64 B round trip",
+            "hybrid trip",
+        )
+        .beside("socat", socat, 0.9, 0.7),
+        trip("the same with ends among the bytes", "hybrid trip, chunks")
+            .beside("socat", socat, 0.9, 0.7),
+        Figure::alone(
+            "memory of an idle stream over a hybrid socket",
+            "bytes",
+            less,
+            of("hybrid idle"),
+        )
+        .goal(1024.0, 1024.0),
+        Figure::alone(
+            "wake-ups of a thousand idle ones in a second",
+            "",
+            less,
+            of("hybrid wakeups"),
+        )
+        .goal(0.0, 0.0),
+    ]);
     figures
 }
 
@@ -200,6 +269,7 @@ fn main() {
             let names = match name {
                 "first" => &FIRST[..],
                 "packet" => &PACKET[..],
+                "hybrid idle" => &IDLE[..],
                 _ => std::slice::from_ref(&name),
             };
             for (&figure, number) in names.iter().zip(apart(name)) {

@@ -6,15 +6,20 @@
 //! ```
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use adit_engine::{Op, PacketHeader, SHUTDOWN_RCV, SHUTDOWN_SEND};
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, UnixAddr, recv, send, sendmsg, shutdown};
+use nix::sys::uio::readv;
 
 use super::connect::{Answer, LINE_MAX, Step};
+use super::pipe::{Pipe, WORTH};
+use super::wire::Wire;
 use super::{BOTH, PAYLOAD_MAX, WINDOW, header, is_pause};
+use crate::chunk::{ChunkError, HEAD_LEN, Stop};
 use crate::socket_end;
 
 /// An empty queue that is larger than this gives its memory back.
@@ -71,10 +76,15 @@ pub(super) struct Link {
     pub(super) engine_shut: u32,
     /// What of the engine's ends the socket was told.
     passed_on: u32,
+    /// The engine has ended both directions at once: the stream is broken off, not finished.
+    cut: bool,
+    wire: Wire,
+    /// Many bytes came at once, so the next are moved by a pipe.
+    streams: bool,
 }
 
 impl Link {
-    pub(super) fn new(host_port: u32, guest_port: u32, phase: Phase) -> Self {
+    pub(super) fn new(host_port: u32, guest_port: u32, phase: Phase, wire: Wire) -> Self {
         Self {
             host_port,
             guest_port,
@@ -98,6 +108,9 @@ impl Link {
             our_shut: 0,
             engine_shut: 0,
             passed_on: 0,
+            cut: false,
+            wire,
+            streams: false,
         }
     }
 
@@ -113,10 +126,15 @@ impl Link {
         if self.room() > 0 || matches!(self.phase, Phase::Asked(_)) {
             flags |= EpollFlags::EPOLLIN;
         }
-        if !self.waiting.is_empty() {
+        if self.is_unsent() {
             flags |= EpollFlags::EPOLLOUT;
         }
         flags
+    }
+
+    /// Something waits for room in the socket.
+    fn is_unsent(&self) -> bool {
+        !self.waiting.is_empty() || self.wire.owes_head()
     }
 
     /// Bytes that wait for the VMM.
@@ -131,6 +149,12 @@ impl Link {
         self.readable |= events.intersects(EpollFlags::EPOLLIN | ends);
         self.writable |= events.contains(EpollFlags::EPOLLOUT);
         self.hung_up |= events.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
+    }
+
+    /// The engine has ended directions.
+    pub(super) fn shut(&mut self, flags: u32) {
+        self.cut |= flags == BOTH && self.engine_shut & SHUTDOWN_SEND == 0;
+        self.engine_shut |= flags;
     }
 
     /// Notes the engine's credit.
@@ -162,10 +186,55 @@ impl Link {
         self.waiting.extend(rest);
     }
 
+    /// Sends what is in a pipe. What the socket does not accept waits, by way of `buf`.
+    pub(super) fn send_piped(&mut self, pipe: &mut Pipe, buf: &mut [u8]) {
+        while self.waiting.is_empty() && self.writable && pipe.holds() > 0 {
+            let Some(socket) = &self.socket else { break };
+            let (head, len) = match self.wire.writer() {
+                Some(writer) => writer.next(pipe.holds()),
+                None => (&[][..], pipe.holds()),
+            };
+            let sent = match head.is_empty() {
+                true => pipe.give(socket.as_fd(), len),
+                false => {
+                    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                    send(socket.as_raw_fd(), head, flags)
+                }
+            };
+            match sent {
+                Ok(n) => {
+                    let payload = match self.wire.writer() {
+                        Some(writer) => writer.sent(n),
+                        None => n,
+                    };
+                    // At most a window.
+                    self.accepted = self.accepted.wrapping_add(payload as u32);
+                    self.writable = n > 0;
+                }
+                Err(Errno::EINTR) => {}
+                Err(e) => {
+                    self.writable = false;
+                    if e != Errno::EAGAIN {
+                        // The guest reads no more. What it has sent before is still in the socket.
+                        (self.hung_up, self.readable) = (true, true);
+                        self.accepted = self.accepted.wrapping_add(pipe.holds() as u32);
+                        pipe.clear();
+                    }
+                }
+            }
+        }
+        while pipe.holds() > 0 {
+            match pipe.read(buf) {
+                Ok(n @ 1..) => self.waiting.extend(&buf[..n]),
+                Ok(0) | Err(_) => pipe.clear(),
+            }
+        }
+    }
+
     /// Sends what waits.
     pub(super) fn flush(&mut self) {
         let mut waiting = std::mem::take(&mut self.waiting);
-        while self.writable && !waiting.is_empty() {
+        while self.writable && (!waiting.is_empty() || self.wire.owes_head()) {
             let n = self.write(waiting.as_slices().0);
             waiting.drain(..n);
             // Now, and not when half of the window is free: a signal of the socket that brings no packet counts as
@@ -178,16 +247,29 @@ impl Link {
         }
     }
 
-    /// Writes to the socket. Returns how many bytes it accepted.
+    /// Writes payload to the socket, in the form that the stream has. Returns how many bytes of it were accepted.
     fn write(&mut self, bytes: &[u8]) -> usize {
         let Some(socket) = &self.socket else {
             return 0;
         };
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         let mut done = 0;
-        while done < bytes.len() {
-            match send(socket.as_raw_fd(), &bytes[done..], flags) {
-                Ok(n) => done += n,
+        while done < bytes.len() || self.wire.owes_head() {
+            let rest = &bytes[done..];
+            let (head, len) = match self.wire.writer() {
+                Some(writer) => writer.next(rest.len()),
+                None => (&[][..], rest.len()),
+            };
+            let iov = [IoSlice::new(head), IoSlice::new(&rest[..len])];
+            // An empty head is no part of it.
+            let iov = &iov[usize::from(head.is_empty())..];
+            match sendmsg::<UnixAddr>(socket.as_raw_fd(), iov, &[], flags, None) {
+                Ok(n) => {
+                    done += match self.wire.writer() {
+                        Some(writer) => writer.sent(n),
+                        None => n,
+                    };
+                }
                 Err(Errno::EINTR) => {}
                 Err(e) => {
                     self.writable = false;
@@ -207,6 +289,9 @@ impl Link {
 
     /// Passes the ends that the engine has told on to the socket.
     pub(super) fn pass_on_ends(&mut self, half_closes: bool) {
+        if self.wire.writer().is_some() {
+            return self.pass_on_stops();
+        }
         let Some(socket) = &self.socket else { return };
         let mut due = self.engine_shut & !self.passed_on;
         if !self.waiting.is_empty() {
@@ -228,13 +313,48 @@ impl Link {
         let _ = shutdown(socket.as_raw_fd(), how);
     }
 
+    /// The same where chunks carry the ends: the socket is shut down only when both directions are over, or nobody reads.
+    fn pass_on_stops(&mut self) {
+        if !self.waiting.is_empty() {
+            // Bytes come first.
+            return;
+        }
+        if self.is_due(SHUTDOWN_SEND) {
+            let stop = match self.cut {
+                true => Stop::Abort,
+                false => Stop::End,
+            };
+            if !self.wire.writer().is_some_and(|writer| writer.stop(stop)) {
+                return;
+            }
+            self.passed_on |= SHUTDOWN_SEND;
+            self.write(&[]);
+        }
+        if self.is_due(SHUTDOWN_RCV) && (!self.is_unsent() || self.hung_up) {
+            let how = match self.passed_on & SHUTDOWN_SEND {
+                0 => Shutdown::Read,
+                _ => Shutdown::Both,
+            };
+            self.passed_on |= SHUTDOWN_RCV;
+            if let Some(socket) = &self.socket {
+                // The socket may be closed already; its own events report that.
+                let _ = shutdown(socket.as_raw_fd(), how);
+            }
+        }
+    }
+
+    /// The engine has ended a direction, and the socket was not told yet.
+    fn is_due(&self, flag: u32) -> bool {
+        self.engine_shut & flag & !self.passed_on != 0
+    }
+
     /// Whether [`packet`](Self::packet) may have one.
     pub(super) fn has_packet(&self) -> bool {
         self.broken
             || self.owes_credit
             || self.credit_due()
             || self.is_over()
-            || self.readable && self.room() > 0
+            || self.readable && (self.room() > 0 || self.ended)
             || !self.early.is_empty() && self.room() > 0
             || self.ended
     }
@@ -247,11 +367,16 @@ impl Link {
     fn is_over(&self) -> bool {
         let all = self.passed_on == BOTH
             || self.passed_on & SHUTDOWN_SEND != 0 && self.our_shut & SHUTDOWN_SEND != 0;
-        all && self.waiting.is_empty()
+        all && (!self.is_unsent() || self.hung_up)
     }
 
     /// The next packet for the engine, and how many bytes of `body` are its payload.
-    pub(super) fn packet(&mut self, body: &mut [u8]) -> Option<(PacketHeader, usize)> {
+    /// Where they went into the pipe, this has as many.
+    pub(super) fn packet(
+        &mut self,
+        body: &mut [u8],
+        pipe: Option<&mut Pipe>,
+    ) -> Option<(PacketHeader, usize)> {
         if let Phase::Asked(_) = self.phase {
             self.read_answer();
         }
@@ -273,7 +398,7 @@ impl Link {
         if self.is_over() {
             return Some((self.header(Op::Rst), 0));
         }
-        if let Some(n) = self.read(body) {
+        if let Some(n) = self.read(body, pipe) {
             self.sent = self.sent.wrapping_add(n as u32);
             let mut header = self.header(Op::Rw);
             header.len = n as u32;
@@ -349,46 +474,156 @@ impl Link {
     }
 
     /// Reads bytes of the guest, as many as the engine takes.
-    fn read(&mut self, body: &mut [u8]) -> Option<usize> {
+    fn read(&mut self, body: &mut [u8], mut pipe: Option<&mut Pipe>) -> Option<usize> {
         if self.engine_shut & SHUTDOWN_RCV != 0 || self.our_shut & SHUTDOWN_SEND != 0 {
             // Nobody reads them, or there are none.
             self.early.clear();
+            self.look_behind_the_end();
             return None;
         }
         let most = self.room().min(body.len()).min(PAYLOAD_MAX);
         if most == 0 {
             return None;
         }
-        if !self.early.is_empty() {
-            let n = most.min(self.early.len());
-            for (to, byte) in body.iter_mut().zip(self.early.drain(..n)) {
-                *to = byte;
-            }
-            return Some(n);
-        }
-        while self.readable && !self.ended {
-            let Some(socket) = &self.socket else {
-                return None;
+        while !self.broken && !self.ended && (self.readable || !self.early.is_empty()) {
+            let piped = pipe.as_deref_mut().and_then(|pipe| self.pipe(pipe, most));
+            let got = match piped {
+                Some(got) => got,
+                None => self.receive(&mut body[..most]),
             };
-            match recv(
-                socket.as_raw_fd(),
-                &mut body[..most],
-                MsgFlags::MSG_DONTWAIT,
-            ) {
+            let n = match got {
                 Ok(0) => {
-                    self.ended = true;
-                    self.hung_up |= socket_end::is_closed(socket);
+                    self.stopped();
+                    return None;
                 }
-                Ok(n) => return Some(n),
-                Err(Errno::EAGAIN) => self.readable = false,
-                Err(Errno::EINTR) => {}
+                Ok(n) => n,
+                Err(Errno::EAGAIN) => {
+                    self.readable = false;
+                    return None;
+                }
+                Err(Errno::EINTR) => continue,
                 // The VMM has closed it with bytes of ours unread: the guest has broken the stream off.
                 Err(_) => {
                     self.broken = true;
                     return None;
                 }
+            };
+            if piped.is_some() {
+                return Some(n);
+            }
+            let (payload, outcome) = self.wire.received(&mut body[..n]);
+            self.judge(outcome);
+            if payload > 0 {
+                return Some(payload);
             }
         }
         None
+    }
+
+    /// Takes the next bytes into a pipe. `None`: they are few, or may be more than payload.
+    fn pipe(&mut self, pipe: &mut Pipe, most: usize) -> Option<Result<usize, Errno>> {
+        let payload = match &mut self.wire {
+            Wire::Plain => most,
+            Wire::Hello(_) => 0,
+            Wire::Chunks(both) => most.min(both.1.left()),
+        };
+        if !self.streams || payload < WORTH || !self.early.is_empty() {
+            return None;
+        }
+        let got = pipe.fill(self.socket.as_ref()?.as_fd(), payload);
+        if let Ok(n) = got {
+            self.streams = n >= WORTH;
+            if let Some(reader) = self.wire.reader() {
+                reader.passed(n);
+            }
+        }
+        Some(got)
+    }
+
+    /// The next bytes as they come. Behind the rest of a chunk at most a head is taken, so that nothing has to be moved.
+    fn receive(&mut self, body: &mut [u8]) -> Result<usize, Errno> {
+        if !self.early.is_empty() {
+            let n = body.len().min(self.early.len());
+            for (to, byte) in body.iter_mut().zip(self.early.drain(..n)) {
+                *to = byte;
+            }
+            return Ok(n);
+        }
+        let Some(socket) = &self.socket else {
+            return Err(Errno::EAGAIN);
+        };
+        let (left, head_left) = match self.wire.reader() {
+            Some(reader) => (reader.left(), reader.head_left()),
+            None => (0, body.len()),
+        };
+        if left == 0 && self.streams {
+            // The chunk behind it goes through a pipe.
+            let most = body.len().min(head_left);
+            return recv(
+                socket.as_raw_fd(),
+                &mut body[..most],
+                MsgFlags::MSG_DONTWAIT,
+            );
+        }
+        if left == 0 || left > body.len() {
+            let n = recv(socket.as_raw_fd(), body, MsgFlags::MSG_DONTWAIT)?;
+            self.streams = n >= WORTH;
+            return Ok(n);
+        }
+        let mut head = [0; HEAD_LEN];
+        let mut iov = [
+            IoSliceMut::new(&mut body[..left]),
+            IoSliceMut::new(&mut head),
+        ];
+        let n = readv(socket, &mut iov)?;
+        self.streams = n >= WORTH;
+        let of_head = n.saturating_sub(left);
+        // It is looked at behind the payload before it, which `received` is given next.
+        self.early.extend(&head[..of_head]);
+        Ok(n - of_head)
+    }
+
+    /// Takes note of how the guest's direction has stopped, if it has.
+    fn judge(&mut self, outcome: Result<(), ChunkError>) {
+        if let Err(e) = outcome {
+            tracing::debug!(port = self.guest_port, error = %e, "a stream is broken off");
+        }
+        self.ended |= self.wire.stopped() == Some(Stop::End);
+        self.broken |= outcome.is_err() || self.wire.stopped() == Some(Stop::Abort);
+    }
+
+    /// The socket has no more bytes.
+    fn stopped(&mut self) {
+        match self.wire.reader() {
+            Some(reader) => {
+                let outcome = reader.end();
+                self.hung_up = true;
+                self.judge(outcome);
+            }
+            None => {
+                self.ended = true;
+                self.hung_up |= self.socket.as_ref().is_some_and(socket_end::is_closed);
+            }
+        }
+    }
+
+    /// Behind an end that a chunk has told there is an abort, or the end of the socket's bytes.
+    fn look_behind_the_end(&mut self) {
+        while self.ended && self.readable && !self.broken && self.wire.reader().is_some() {
+            let mut bytes = [0; HEAD_LEN];
+            match self.receive(&mut bytes) {
+                Ok(0) => {
+                    self.readable = false;
+                    self.stopped();
+                }
+                Ok(n) => {
+                    let (_, outcome) = self.wire.received(&mut bytes[..n]);
+                    self.judge(outcome);
+                }
+                Err(Errno::EAGAIN) => self.readable = false,
+                Err(Errno::EINTR) => {}
+                Err(_) => self.broken = true,
+            }
+        }
     }
 }

@@ -7,7 +7,8 @@
 //! ```
 //! [`Foreign`] is a [`Carrier`], which plays the guest's kernel: a REQUEST of the engine becomes a dial, the VMM's `OK` a
 //! RESPONSE, bytes of a socket RW packets, an end of file a SHUTDOWN. So dials, hellos, tunnels, credit, deadlines and ends are
-//! those of any other carrier. Its price is a copy: payload goes through a buffer of this process.
+//! those of any other carrier. Its price is a copy: payload goes through a buffer of this process, as long as it comes in small
+//! pieces. Large ones go from socket to socket by way of a pipe (`pipe.rs`).
 //!
 //! | of the guest's kernel | here |
 //! |---|---|
@@ -17,6 +18,7 @@
 //! | SHUTDOWN of sending, from the guest | end of file |
 //! | SHUTDOWN of both, from the guest | end of file, and the socket accepts no bytes |
 //! | SHUTDOWN of sending, to the guest | `shutdown(SHUT_WR)`, if [`Options::half_closes`]; otherwise see there |
+//! | the same, behind a hello with [`CHUNKS`](hello::CHUNKS) | an end among the [chunks](crate::chunk), in both directions (`wire.rs`) |
 //!
 //! Rules:
 //! - Every socket is nonblocking, so nothing here blocks. A socket that accepts nothing keeps at most [`WINDOW`] bytes.
@@ -27,8 +29,10 @@
 pub mod connect;
 mod link;
 mod packet;
+mod pipe;
 #[cfg(test)]
 mod tests;
+mod wire;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -42,8 +46,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::carrier::{Armed, Carrier, CarrierCaps, CarrierFault, Interest, Woken};
+use crate::hello;
 use link::{Link, Phase};
+use packet::Body;
 pub use packet::{ForeignPacket, ForeignSlot};
+use pipe::Pipe;
+use wire::Wire;
 
 /// Bytes of a stream that wait for the VMM at most.
 pub const WINDOW: u32 = 128 << 10;
@@ -105,8 +113,9 @@ pub enum DoorNews {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// The VMM passes a half-close on. One that does not (Firecracker; Cloud Hypervisor before its 2026 releases) takes the end of
-    /// our sending for the end of the stream, and answers that are under way are lost. For such a VMM the end of our sending is
-    /// not passed on before the guest has ended its own.
+    /// our sending for the end of the stream, and answers that are under way are lost. With such a VMM hellos offer
+    /// [`CHUNKS`](hello::CHUNKS), which carry the ends; on streams without them the end of our sending is not passed on before
+    /// the guest has ended its own.
     pub half_closes: bool,
 }
 
@@ -134,6 +143,25 @@ pub struct Foreign<D> {
     epoch: u64,
     from_guest: Vec<u8>,
     to_guest: Vec<u8>,
+    /// The same for large pieces; none: this process has no descriptors for them.
+    pipes: Option<Pipes>,
+    /// Many bytes were read for the guest at once, so the next are moved by a pipe.
+    streams: bool,
+}
+
+/// Empty between two packets.
+struct Pipes {
+    from_guest: Pipe,
+    to_guest: Pipe,
+}
+
+impl Pipes {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            from_guest: Pipe::new()?,
+            to_guest: Pipe::new()?,
+        })
+    }
 }
 
 impl<D: Door> Foreign<D> {
@@ -159,6 +187,8 @@ impl<D: Door> Foreign<D> {
             epoch: first_epoch,
             from_guest: vec![0; PAYLOAD_MAX],
             to_guest: vec![0; PAYLOAD_MAX],
+            pipes: Pipes::new().ok(),
+            streams: false,
         })
     }
 
@@ -305,7 +335,8 @@ impl<D: Door> Foreign<D> {
             guest_port = guest_port.wrapping_add(1).max(GUEST_PORTS);
         }
         self.next_guest_port = guest_port.wrapping_add(1).max(GUEST_PORTS);
-        let link = Link::new(port, guest_port, Phase::Offered { said: false });
+        let phase = Phase::Offered { said: false };
+        let link = Link::new(port, guest_port, phase, Wire::Plain);
         // Dropped, it tells the guest that it is refused.
         let Some(index) = self.add(link) else { return };
         match self.connect(index, socket) {
@@ -322,7 +353,7 @@ impl<D: Door> Foreign<D> {
         self.queue(index);
     }
 
-    /// Handles a packet of the engine. Its body is the first bytes of `to_guest`.
+    /// Handles a packet of the engine. Its body is in the pipe, or the first bytes of `to_guest`.
     fn take_packet(&mut self, h: &PacketHeader, len: usize) {
         let pair = (h.src_port, h.dst_port);
         let found = self.pairs.get(&pair).copied();
@@ -341,8 +372,11 @@ impl<D: Door> Foreign<D> {
         match op {
             Some(Op::Rst) => return self.remove(index),
             Some(Op::Response) => link.accepted(),
-            Some(Op::Rw) => link.send(&self.to_guest[..len]),
-            Some(Op::Shutdown) => link.engine_shut |= h.flags & BOTH,
+            Some(Op::Rw) => match self.pipes.as_mut().map(|pipes| &mut pipes.to_guest) {
+                Some(pipe) if pipe.holds() > 0 => link.send_piped(pipe, &mut self.to_guest),
+                _ => link.send(&self.to_guest[..len]),
+            },
+            Some(Op::Shutdown) => link.shut(h.flags & BOTH),
             Some(Op::CreditRequest) => link.owes_credit = true,
             Some(Op::CreditUpdate | Op::Request) | None => {}
         }
@@ -361,7 +395,11 @@ impl<D: Door> Foreign<D> {
         }
         self.dials = self.dials.wrapping_add(1);
         let ticket = self.dials;
-        let mut link = Link::new(h.src_port, h.dst_port, Phase::Dialing(ticket));
+        let wire = match h.dst_port == hello::PORT && !self.options.half_closes {
+            true => Wire::offering(),
+            false => Wire::Plain,
+        };
+        let mut link = Link::new(h.src_port, h.dst_port, Phase::Dialing(ticket), wire);
         link.credit(h);
         let Some(index) = self.add(link) else {
             // At most one for each stream of the engine.
@@ -415,6 +453,13 @@ impl<D: Door> Carrier for Foreign<D> {
         }
     }
 
+    fn hello_features(&self) -> u64 {
+        match self.options.half_closes {
+            true => 0,
+            false => hello::CHUNKS,
+        }
+    }
+
     fn begin(&mut self) {
         self.gather();
     }
@@ -424,7 +469,11 @@ impl<D: Door> Carrier for Foreign<D> {
             return Ok(None);
         }
         if let Some(reset) = self.resets.pop_front() {
-            return Ok(Some(ForeignPacket::new(reset, &[])));
+            return Ok(Some(ForeignPacket::new(reset, Body::Bytes(&[]))));
+        }
+        if let Some(pipes) = &mut self.pipes {
+            // Nobody wanted the rest of the packet before.
+            pipes.from_guest.clear();
         }
         while let Some(index) = self.ready.pop_front() {
             let Some(Some(link)) = self.links.get_mut(index) else {
@@ -433,7 +482,8 @@ impl<D: Door> Carrier for Foreign<D> {
             link.queued = false;
             link.flush();
             link.pass_on_ends(self.options.half_closes);
-            let packet = link.packet(&mut self.from_guest);
+            let pipe = self.pipes.as_mut().map(|pipes| &mut pipes.from_guest);
+            let packet = link.packet(&mut self.from_guest, pipe);
             self.watch(index);
             let Some((header, len)) = packet else {
                 continue;
@@ -444,12 +494,20 @@ impl<D: Door> Carrier for Foreign<D> {
                 // It takes its turn behind the others.
                 self.queue(index);
             }
-            return Ok(Some(ForeignPacket::new(header, &self.from_guest[..len])));
+            let body = match self.pipes.as_mut().map(|pipes| &mut pipes.from_guest) {
+                Some(pipe) if pipe.holds() > 0 => Body::Piped(pipe, &mut self.from_guest),
+                _ => Body::Bytes(&self.from_guest[..len]),
+            };
+            return Ok(Some(ForeignPacket::new(header, body)));
         }
         Ok(None)
     }
 
     fn tx(&mut self, _: Lane, _: u32) -> Result<Option<ForeignSlot<'_, D>>, CarrierFault> {
+        if let Some(pipes) = &mut self.pipes {
+            // The slot before was returned unused.
+            pipes.to_guest.clear();
+        }
         // Credit limits what the engine sends, so there is always room.
         Ok(self.attached.then(|| ForeignSlot::new(self)))
     }

@@ -2,9 +2,12 @@
 //! host's hellos carry a MAC, and the agent refuses those that do not.
 //!
 //! ```text
-//! MAC = HMAC-SHA256(key, "adit hello mac 1" ‖ service ‖ 0 ‖ features, epoch, boot nonce, lane, deadline
+//! MAC = HMAC-SHA256(key, "adit hello mac 1" ‖ service ‖ 0 ‖ serial, features, epoch, boot nonce, lane, deadline
 //!                        ‖ for arguments, caller, trace: length u16 ‖ value)          all numbers little-endian
 //! ```
+//! The serial number is another one in each hello, and the agent serves each once: a hello that was seen is of no use to whoever
+//! has seen it.
+//!
 //! It covers what this version knows of an `open`, whatever else a hello says, so a hello with extensions that the agent does not know
 //! has the same MAC. It keeps out whoever does not have the key. It does not keep out whoever can read the streams of others: that is
 //! the VMM and root, and no MAC would.
@@ -14,7 +17,7 @@
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-use super::{MAC_LEN, Open};
+use super::{Mac as HelloMac, Open};
 
 /// Bytes of a key.
 pub const KEY_LEN: usize = 32;
@@ -44,23 +47,30 @@ impl HostKey {
         &self.0
     }
 
-    /// The MAC of a hello.
-    pub fn mac(&self, open: &Open) -> [u8; MAC_LEN] {
-        hmac(&self.0, &covered(open)).finalize().into_bytes().into()
+    /// The MAC of a hello, with a number that no other hello with this key has.
+    pub fn mac(&self, open: &Open, serial: u64) -> HelloMac {
+        let mac = hmac(&self.0, &covered(open, serial));
+        HelloMac {
+            serial,
+            bytes: mac.finalize().into_bytes().into(),
+        }
     }
 
     /// Whether a hello has the MAC of this key. It takes as long for a wrong one.
     pub fn made(&self, open: &Open) -> bool {
-        let mac = open.mac.as_ref();
-        mac.is_some_and(|mac| hmac(&self.0, &covered(open)).verify_slice(mac).is_ok())
+        open.mac.is_some_and(|mac| {
+            let own = hmac(&self.0, &covered(open, mac.serial));
+            own.verify_slice(&mac.bytes).is_ok()
+        })
     }
 }
 
 /// What the MAC covers.
-fn covered(open: &Open) -> Vec<u8> {
+fn covered(open: &Open, serial: u64) -> Vec<u8> {
     let mut all = WHAT.to_vec();
     all.extend(open.service.as_str().as_bytes());
     all.push(0);
+    all.extend(serial.to_le_bytes());
     all.extend(open.common.features.to_le_bytes());
     all.extend(open.common.epoch.to_le_bytes());
     all.extend(open.common.boot_nonce);
@@ -89,7 +99,7 @@ fn hmac(key: &[u8], text: &[u8]) -> Hmac<Sha256> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hello::{Common, Hello, PREFIX_LEN, Prefix};
+    use crate::hello::{Common, Hello, MAC_LEN, PREFIX_LEN, Prefix};
 
     fn hex(text: &str) -> Vec<u8> {
         let digits = text.as_bytes().chunks(2);
@@ -143,13 +153,16 @@ mod tests {
     fn only_the_key_makes_the_mac_and_it_survives_the_wire() {
         let key = HostKey::new([1; KEY_LEN]);
         let mut with = open();
-        with.mac = Some(key.mac(&with));
+        with.mac = Some(key.mac(&with, 5));
         let with = sent(&with);
         assert!(key.made(&with));
         assert!(!HostKey::new([2; KEY_LEN]).made(&with));
         assert!(!key.made(&open()), "a hello without a MAC");
         let zero = Open {
-            mac: Some([0; MAC_LEN]),
+            mac: Some(HelloMac {
+                serial: 0,
+                bytes: [0; MAC_LEN],
+            }),
             ..open()
         };
         assert!(!key.made(&zero));
@@ -160,8 +173,9 @@ mod tests {
     fn everything_that_the_agent_acts_on_is_covered() {
         let key = HostKey::new([1; KEY_LEN]);
         let mut with = open();
-        with.mac = Some(key.mac(&with));
-        let changes: [fn(&mut Open); 8] = [
+        with.mac = Some(key.mac(&with, 5));
+        let changes: [fn(&mut Open); 9] = [
+            |o| o.mac.iter_mut().for_each(|mac| mac.serial += 1),
             |o| o.service = "tcp:81".parse().unwrap(),
             |o| o.common.features = 1,
             |o| o.common.epoch = 8,

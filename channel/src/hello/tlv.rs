@@ -7,7 +7,7 @@
 //! | 3 | open | arguments of the service | [`ARGUMENTS_MAX`] |
 //! | 4 | open | who asked for the stream | [`CALLER_MAX`] |
 //! | 5 | open | the trace that it belongs to (W3C `traceparent`) | [`TRACE_MAX`] |
-//! | 6 | open | MAC by the host's key, see [`HostKey`](super::HostKey) | exactly [`MAC_LEN`] |
+//! | 6 | open | serial number u64, MAC by the host's key, see [`HostKey`](super::HostKey) | exactly 8 + [`MAC_LEN`] |
 //!
 //! Bit 15 of the type is *critical*. A type that is unknown, or that its hello does not have, is skipped without this bit and
 //! refused with it. The values of 3, 4 and 5 are opaque here: whoever has the service reads them. Each is there at most once,
@@ -15,7 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{HelloError, MAC_LEN, TAIL_MAX, TEXT_MAX};
+use super::{HelloError, MAC_LEN, Mac, TAIL_MAX, TEXT_MAX};
 use adit_names::ServiceName;
 
 /// Most bytes of a service's arguments.
@@ -33,10 +33,12 @@ const TRACE: u16 = 5;
 pub(super) const MAC: u16 = 6;
 const CRITICAL: u16 = 0x8000;
 const HEAD_LEN: usize = 4;
+const SERIAL_LEN: usize = 8;
 
 // An `open` with all of them, and a refusal with its two, fit into the tail.
 const _: () = assert!(
-    ServiceName::MAX + 4 * HEAD_LEN + ARGUMENTS_MAX + CALLER_MAX + TRACE_MAX + MAC_LEN <= TAIL_MAX
+    ServiceName::MAX + 4 * HEAD_LEN + ARGUMENTS_MAX + CALLER_MAX + TRACE_MAX + SERIAL_LEN + MAC_LEN
+        <= TAIL_MAX
 );
 const _: () = assert!(TEXT_MAX + 2 * HEAD_LEN + 2 <= TAIL_MAX);
 
@@ -124,7 +126,7 @@ pub(super) struct Tlvs {
     pub(super) text: String,
     pub(super) errno: u16,
     pub(super) extensions: Extensions,
-    pub(super) mac: Option<[u8; MAC_LEN]>,
+    pub(super) mac: Option<Mac>,
 }
 
 impl Tlvs {
@@ -167,10 +169,10 @@ impl Tlvs {
                     set("trace length", &mut extensions.trace, value, malformed(at))?;
                 }
                 (MAC, _) if is_open => {
-                    let mac = value.try_into().map_err(|_| HelloError::Field {
+                    let mac = mac(value).ok_or(HelloError::Field {
                         field: "MAC length",
                         value: value.len() as u64,
-                        limit: MAC_LEN as u64,
+                        limit: (SERIAL_LEN + MAC_LEN) as u64,
                     })?;
                     if found.mac.replace(mac).is_some() {
                         return Err(malformed(at));
@@ -200,6 +202,14 @@ fn set<const MAX: usize>(
         limit: e.max as u64,
     })?;
     Ok(())
+}
+
+fn mac(value: &[u8]) -> Option<Mac> {
+    let (serial, bytes) = value.split_first_chunk::<SERIAL_LEN>()?;
+    Some(Mac {
+        serial: u64::from_le_bytes(*serial),
+        bytes: bytes.try_into().ok()?,
+    })
 }
 
 #[cfg(test)]
@@ -251,7 +261,10 @@ mod tests {
     fn the_longest_extensions_fit_and_longer_ones_are_no_extensions() {
         let name = "x".repeat(ServiceName::MAX);
         let longest = Hello::Open(Open {
-            mac: Some([4; MAC_LEN]),
+            mac: Some(Mac {
+                serial: u64::MAX,
+                bytes: [4; MAC_LEN],
+            }),
             extensions: extensions(&[1; ARGUMENTS_MAX], &[2; CALLER_MAX], &[3; TRACE_MAX]),
             ..Open::new(name.parse().unwrap(), Common::default())
         });
@@ -283,14 +296,21 @@ mod tests {
     #[test]
     fn a_mac_has_golden_bytes_one_length_and_is_there_once() {
         let hello = Hello::Open(Open {
-            mac: Some([7; MAC_LEN]),
+            mac: Some(Mac {
+                serial: 0x0102,
+                bytes: [7; MAC_LEN],
+            }),
             ..Open::new("tcp:80".parse().unwrap(), Common::default())
         });
         let bytes = hello.encode();
-        let want = [&b"tcp:80\x06\0\x20\0"[..], &[7; MAC_LEN]].concat();
+        let want = [
+            &b"tcp:80\x06\0\x28\0\x02\x01\0\0\0\0\0\0"[..],
+            &[7; MAC_LEN],
+        ]
+        .concat();
         assert_eq!(bytes[PREFIX_LEN..], want);
         assert_eq!(parse(&bytes), Ok(hello));
-        for len in [0, MAC_LEN - 1, MAC_LEN + 1] {
+        for len in [0, MAC_LEN, MAC_LEN + 7, MAC_LEN + 9] {
             let mut tail = Vec::new();
             put(&mut tail, MAC, &vec![7; len]);
             assert!(matches!(
@@ -299,8 +319,8 @@ mod tests {
             ));
         }
         let mut tail = Vec::new();
-        put(&mut tail, MAC, &[7; MAC_LEN]);
-        put(&mut tail, MAC, &[7; MAC_LEN]);
+        put(&mut tail, MAC, &[7; MAC_LEN + 8]);
+        put(&mut tail, MAC, &[7; MAC_LEN + 8]);
         assert!(matches!(
             Tlvs::parse(&tail, 0, true),
             Err(HelloError::Tail { .. })

@@ -139,6 +139,59 @@ impl Client {
     }
 }
 
+/// What a client's bytes ask for.
+#[cfg(feature = "test-util")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// Nothing yet.
+    Nothing,
+    /// A port. So many bytes were taken of its socket.
+    Port {
+        /// The port.
+        port: u32,
+        /// Bytes of the line.
+        taken: usize,
+    },
+    /// Something else, so that it is disconnected.
+    Invalid,
+}
+
+/// Has a client send these bytes in pieces of this length.
+///
+/// # Panics
+/// There are no descriptors left.
+#[cfg(feature = "test-util")]
+pub fn asked(bytes: &[u8], piece: usize) -> Asked {
+    use std::io::Write;
+    const SOCKETS: &str = "a pair of sockets";
+    let (ours, mut theirs) = UnixStream::pair().expect(SOCKETS);
+    let mut clients = Clients::default();
+    let index = clients.free().unwrap_or_default();
+    ours.set_nonblocking(true).expect(SOCKETS);
+    clients.insert(index, ours, Tick(0));
+    let mut sent = 0;
+    for piece in bytes.chunks(piece) {
+        theirs.write_all(piece).expect(SOCKETS);
+        sent += piece.len();
+        match clients.read(index) {
+            Request::Incomplete => {}
+            Request::Invalid => return Asked::Invalid,
+            Request::Port(port) => {
+                let client = clients.remove(index);
+                let socket = client.map(|client| client.socket);
+                let left = socket.and_then(|socket| {
+                    drop(theirs);
+                    std::io::copy(&mut &socket, &mut std::io::sink()).ok()
+                });
+                let left = left.expect(SOCKETS) as usize;
+                let taken = sent - left;
+                return Asked::Port { port, taken };
+            }
+        }
+    }
+    Asked::Nothing
+}
+
 /// As tolerant as Firecracker and Cloud Hypervisor: any case, any blanks, anything after the port.
 fn parse(line: &[u8]) -> Option<u32> {
     let mut words = std::str::from_utf8(line).ok()?.split_whitespace();

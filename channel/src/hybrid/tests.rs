@@ -120,3 +120,79 @@ fn the_oldest_of_too_many_silent_clients_is_disconnected() {
     }
     assert_eq!(host.deadline(), None);
 }
+
+/// Sends this as a client, which then waits or leaves. Returns true if the host has closed it.
+fn is_closed_after(host: &mut Silent, uds: &Path, bytes: &[u8], leaves: bool) -> bool {
+    let mut client = UnixStream::connect(uds).unwrap();
+    client.set_nonblocking(true).unwrap();
+    let mut sent = 0;
+    let mut closed = false;
+    for _ in 0..20 {
+        match client.write(&bytes[sent..]) {
+            Ok(n) => sent += n,
+            Err(e) => closed |= e.kind() == io::ErrorKind::BrokenPipe,
+        }
+        if leaves && sent == bytes.len() {
+            client.shutdown(std::net::Shutdown::Both).unwrap();
+        }
+        host.turn(Some(Duration::ZERO)).unwrap();
+        closed |= !matches!(client.read(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock);
+    }
+    closed
+}
+
+#[test]
+fn r53_a_client_that_dies_in_its_line_or_sends_none_is_closed_and_nobody_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let uds = dir.path().join("v");
+    let mut host = host(&uds);
+    // It has begun its line, and waits through all of this.
+    let mut other = UnixStream::connect(&uds).unwrap();
+    other.write_all(b"CONN").unwrap();
+    other.set_nonblocking(true).unwrap();
+    host.turn(Some(Duration::ZERO)).unwrap();
+    let line = b"CONNECT 5000\n";
+    for cut in 0..line.len() {
+        assert!(
+            is_closed_after(&mut host, &uds, &line[..cut], true),
+            "{cut}"
+        );
+        // One that waits is only slow.
+        assert!(
+            !is_closed_after(&mut host, &uds, &line[..cut], false),
+            "{cut}"
+        );
+    }
+    let long = vec![b'C'; 1 << 20];
+    let blanks = [&b"CONNECT"[..], &vec![b' '; 1 << 20]].concat();
+    for bytes in [
+        &long[..],
+        &blanks,
+        b"\0",
+        b"CONNECT 5000\0\n",
+        b"CONNECT\0 5000\n",
+        b"\n",
+        b"CONNECT\n",
+        b"CONNECT 4294967296\n",
+        b"\xff\xfe 5000\n",
+    ] {
+        let shown = bytes[..bytes.len().min(20)].escape_ascii();
+        // A NUL has no end of its line yet.
+        let ends = bytes.len() > 1 || bytes == b"\n";
+        assert_eq!(
+            is_closed_after(&mut host, &uds, bytes, false),
+            ends,
+            "{shown}"
+        );
+        assert!(is_closed_after(&mut host, &uds, bytes, true), "{shown}");
+    }
+    assert_eq!(
+        other.read(&mut [0]).unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
+    other.write_all(b"ECT 5000\n").unwrap();
+    // It is read, and there is no driver that could be dialled.
+    while other.read(&mut [0]).is_err() {
+        host.turn(Some(Duration::ZERO)).unwrap();
+    }
+}

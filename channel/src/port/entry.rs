@@ -451,7 +451,8 @@ impl Entry {
                 Ok(n) => {
                     // Fewer bytes than requested: the socket is empty, and new bytes cause a new edge. But the end of
                     // file may already be there.
-                    self.readable = n as u64 == u64::from(len) || self.hung_up;
+                    let is_empty = (n as u64) < u64::from(len) && !slot.may_have_left_some();
+                    self.readable = !is_empty || self.hung_up;
                     Fill::Bytes(n as u32)
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {

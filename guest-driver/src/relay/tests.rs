@@ -1,5 +1,7 @@
 //! Relay over socket pairs and TCP: every byte, each half-close, resets, back-pressure.
 
+mod chunks;
+
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;

@@ -4,19 +4,26 @@
 //!                     own stream: no key here ──► open
 //! start ─► open ──────┤
 //!    │                own stream: a key ────────► keyed(key) ── the stream ends ──► keyed(none)
-//!    └ require_host_key = true ─► keyed(none)                  ◄── own stream: a key
+//!    ├ require_host_key = true ─► keyed(none)                  ◄── own stream: a key
+//!    └ a key was given on this boot, to an agent that has ended (`note`) ─► keyed(none)
 //! ```
 //! Whether others can dial is the host's to know: it gives a key where the VMM's socket is open to more than the host. In `keyed`
 //! nothing runs for a hello without the MAC of the key, with one exception. While there is no key, `ping` is answered: it reaches
 //! nothing, and by its answer, which only a privileged listener of this guest can give, the host knows that a stream which claims
-//! to be the agent's is the agent's. A hello that comes while the key is on its way waits for it.
+//! to be the agent's is the agent's. A hello that comes while the key is on its way waits for it. Each hello is served once: its
+//! number is in the MAC (`serials`).
 
+use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use adit_channel::hello::{HostKey, Open};
 use adit_channel::refusal::{Code, Refusal};
 use adit_channel::ring::bell::PING;
+
+use super::note::Note;
+use super::serials::Serials;
+use crate::log;
 
 /// How long a hello waits for a key.
 const WAIT: Duration = Duration::from_secs(1);
@@ -35,9 +42,26 @@ struct State {
     /// The host has said so.
     keyed: bool,
     key: Option<HostKey>,
+    /// Hellos with this key that were served.
+    served: Serials,
+    note: Option<Note>,
 }
 
 impl Admission {
+    /// One that knows whether the host has given a key since this guest has booted, and lets the next agent know.
+    pub fn of_this_boot(run_dir: &Path) -> Self {
+        let note = Note::of(run_dir);
+        let state = State {
+            keyed: note.is_there(),
+            note: Some(note),
+            ..State::default()
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::default(),
+        }
+    }
+
     /// Whether a key is needed also before the host has given one.
     pub fn require(&self, required: bool) {
         self.lock().required = required;
@@ -48,6 +72,12 @@ impl Admission {
         let mut state = self.lock();
         state.keyed = key.is_some();
         state.key = key;
+        state.served = Serials::default();
+        if let Some(note) = &state.note
+            && let Err(e) = note.set(state.keyed)
+        {
+            log::event("host-key-not-noted", &[("error", &e)]);
+        }
         drop(state);
         self.changed.notify_all();
     }
@@ -75,7 +105,14 @@ impl Admission {
             let made = state.key.as_ref().map(|key| key.made(open));
             let left = end.saturating_duration_since(Instant::now());
             match made {
-                Some(true) => return Ok(()),
+                Some(true) => {
+                    let serial = open.mac.map_or(0, |mac| mac.serial);
+                    if state.served.take(serial) {
+                        return Ok(());
+                    }
+                    let text = "a hello with this number was served already: dial by aditd";
+                    return Err(Refusal::new(Code::Denied, text));
+                }
                 None if open.service.as_str() == PING => return Ok(()),
                 // Without a MAC no key helps.
                 None if open.mac.is_some() && !left.is_zero() => {
@@ -97,13 +134,18 @@ impl Admission {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use adit_channel::hello::{Common, KEY_LEN};
 
     use super::*;
 
+    /// A hello as no other: each has another number.
     fn open(service: &str, key: Option<u8>) -> Open {
+        static SERIAL: AtomicU64 = AtomicU64::new(1);
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let mut open = Open::new(service.parse().unwrap(), Common::default());
-        open.mac = key.map(|key| HostKey::new([key; KEY_LEN]).mac(&open));
+        open.mac = key.map(|key| HostKey::new([key; KEY_LEN]).mac(&open, serial));
         open
     }
 
@@ -146,6 +188,48 @@ mod tests {
         assert!(!admits(&admission, "tcp:22", None));
         admission.given(Some(HostKey::new([1; KEY_LEN])));
         assert!(admits(&admission, "tcp:22", Some(1)));
+    }
+
+    #[test]
+    fn a_hello_that_is_replayed_is_served_once() {
+        let admission = Admission::default();
+        let key = |n| Some(HostKey::new([n; KEY_LEN]));
+        admission.given(key(1));
+        let (first, second) = (open("tcp:22", Some(1)), open("tcp:22", Some(1)));
+        // In any order.
+        for hello in [&second, &first] {
+            assert_eq!(admission.check_within(hello, Duration::ZERO), Ok(()));
+            let again = admission.check_within(hello, Duration::ZERO);
+            assert_eq!(again.unwrap_err().code(), Code::Denied);
+        }
+        // The same key again begins anew, and another does not know it.
+        admission.given(key(1));
+        assert_eq!(admission.check_within(&first, Duration::ZERO), Ok(()));
+        admission.given(key(2));
+        assert!(admission.check_within(&second, Duration::ZERO).is_err());
+    }
+
+    #[test]
+    fn an_agent_that_is_started_again_serves_nobody_before_it_has_a_key_again() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let start = || Admission::of_this_boot(run_dir.path());
+        let first = start();
+        assert!(admits(&first, "tcp:22", None));
+        first.given(Some(HostKey::new([1; KEY_LEN])));
+        drop(first);
+        let second = start();
+        for key in [None, Some(1)] {
+            assert!(!admits(&second, "tcp:22", key) && admits(&second, "ping", key));
+        }
+        second.given(Some(HostKey::new([2; KEY_LEN])));
+        assert!(admits(&second, "tcp:22", Some(2)));
+        // A host that gives none is believed by those that follow, too.
+        second.given(None);
+        assert!(admits(&second, "tcp:22", None) && admits(&start(), "tcp:22", None));
+        // Without its directory nothing is known of this boot's start; what is in use is not disturbed.
+        drop(run_dir);
+        second.given(Some(HostKey::new([3; KEY_LEN])));
+        assert!(admits(&second, "tcp:22", Some(3)));
     }
 
     #[test]

@@ -9,7 +9,9 @@ mod admission;
 pub mod agent;
 pub mod blob;
 mod named;
+mod note;
 mod ping;
+mod serials;
 mod services;
 mod shares;
 mod tcp;
@@ -302,7 +304,11 @@ impl Server {
                 return self.refuse(&conn, refusal);
             }
         };
-        let common = self.identity.common();
+        let features = open.common.features & conn.features();
+        let common = Common {
+            features,
+            ..self.identity.common()
+        };
         let accept = Hello::Accept(Accept { common, version });
         if conn.io().write_all(&accept.encode()).is_err() {
             return;
@@ -310,7 +316,7 @@ impl Server {
         if trace.ends_with(RECORDED) {
             log::event("stream", &[("service", &open.service), ("trace", &trace)]);
         }
-        if let Err(e) = run(Box::new(conn)) {
+        if let Err(e) = run(conn.speaking(features)) {
             let fields: [(&str, &dyn Display); 3] =
                 [("service", &open.service), ("error", &e), ("trace", &trace)];
             log::event("relay-failed", &fields);

@@ -28,9 +28,13 @@ fn start(ports: Vec<u16>) -> (tempfile::TempDir, Arc<Server>) {
 }
 
 fn open(dir: &Path, service: &str) -> (Hello, UnixStream) {
+    open_with(dir, service, 0)
+}
+
+fn open_with(dir: &Path, service: &str, features: u64) -> (Hello, UnixStream) {
     let mut s = UnixStream::connect(dir.join("guest.sock")).unwrap();
     let common = Common {
-        features: 0,
+        features,
         epoch: 9,
         boot_nonce: [1; 16],
     };
@@ -320,5 +324,29 @@ fn r72_a_trace_is_shown_only_if_it_is_one() {
     hostile[9] = 0x1b;
     for none in [&b""[..], &hostile, &good.as_bytes()[1..], &[0xff; 55]] {
         assert_eq!(with(none), "-");
+    }
+}
+
+#[test]
+fn chunks_are_spoken_where_the_hello_offers_them_and_no_other_feature_is_taken() {
+    let port = echo_server();
+    let (dir, _) = start(vec![port]);
+    let said = [1, 2, 0, 0, b'h', b'i', 2, 0, 0, 0];
+    for service in [format!("tcp:{port}"), "ping".into()] {
+        for (offered, taken) in [(0, 0), (6, 0), (1, 1), (7, 1)] {
+            let (answer, mut s) = open_with(dir.path(), &service, offered);
+            let Hello::Accept(accept) = answer else {
+                panic!("{answer:?}");
+            };
+            assert_eq!(accept.common.features, taken);
+            s.write_all(&said).unwrap();
+            let mut back = Vec::new();
+            if taken == 0 {
+                s.shutdown(Shutdown::Write).unwrap();
+            }
+            s.read_to_end(&mut back).unwrap();
+            // As they are, they come back as they are.
+            assert_eq!(back, said, "{service} {offered}");
+        }
     }
 }

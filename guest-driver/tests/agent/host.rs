@@ -200,7 +200,8 @@ impl Host {
             panic!("not an open")
         };
         assert_eq!(open.service.as_str(), "tasks");
-        assert_eq!(open.common.features, wire::FEATURES | wire::KEY);
+        let has = wire::FEATURES | wire::KEY | wire::CHUNKS;
+        assert_eq!(open.common.features, has);
         let accept = Accept {
             common: Common {
                 features: self.features,

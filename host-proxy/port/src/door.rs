@@ -13,6 +13,7 @@
 //!
 //! Messages are packets of a `SOCK_SEQPACKET` pair. Both ends are of one build: the doorkeeper is the same program.
 
+mod confine;
 pub mod keeper;
 
 use std::io;

@@ -10,7 +10,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use rustix::io::Errno;
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, clear_ambient_capability_set,
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 
@@ -84,17 +84,36 @@ pub fn become_user(own: Option<(u32, u32)>) -> Result<bool, PrivilegeError> {
     Ok(bounded)
 }
 
+/// Gives up all capabilities but those of these that the process has, and every way to regain the others. Its user stays. Call this
+/// while there is only one thread.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn keep_capabilities(these: CapabilitySet) -> Result<(), PrivilegeError> {
+    empty_bounds().map_err(failed("empty the capability bounding set"))?;
+    let keep = || {
+        let has = capabilities(None)?.permitted;
+        have_capabilities(has.intersection(these))
+    };
+    keep().map_err(failed("drop its capabilities"))?;
+    set_no_new_privs(true).map_err(|e| failed("set no_new_privs")(e.into()))
+}
+
 /// Drops all capabilities of the calling thread.
 ///
 /// # Errors
 /// The kernel refuses.
 pub fn drop_capabilities() -> io::Result<()> {
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
+    have_capabilities(CapabilitySet::empty())
+}
+
+fn have_capabilities(these: CapabilitySet) -> io::Result<()> {
+    let sets = CapabilitySets {
+        effective: these,
+        permitted: these,
         inheritable: CapabilitySet::empty(),
     };
-    Ok(set_capabilities(None, none)?)
+    Ok(set_capabilities(None, sets)?)
 }
 
 fn empty_bounds() -> io::Result<bool> {

@@ -96,6 +96,8 @@ pub struct Process<C: Carrier> {
     rates: rates::Rates,
     /// Of the hellos, where others can dial the guest too.
     key: Option<HostKey>,
+    /// Hellos with its MAC, or that of an earlier one: each has another number.
+    keyed: u64,
     listener: OwnedFd,
     /// A reserve descriptor. It is closed to accept `aditd`'s next connection when tunnels use all others.
     spare: Option<OwnedFd>,
@@ -174,6 +176,7 @@ impl<C: Carrier> Process<C> {
             ends: ends::Ends::default(),
             rates: rates::Rates::default(),
             key: None,
+            keyed: 0,
             listener: control,
             spare: Some(stop.try_clone()?),
             stop,

@@ -104,6 +104,7 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_recvmsg,
         libc::SYS_sendmsg,
         libc::SYS_sendfile,
+        libc::SYS_splice,
         // Wait.
         libc::SYS_epoll_pwait,
         libc::SYS_epoll_ctl,

@@ -338,6 +338,16 @@ fn r127_what_somebody_else_could_have_put_there_is_not_used() {
     fs::write(world.path(), "").unwrap();
     refused("is not a socket");
     fs::remove_file(world.path()).unwrap();
+    // A socket of somebody else, who has got it there in whatever way.
+    if nix::unistd::geteuid().is_root() {
+        let _theirs = world.vmm();
+        std::os::unix::fs::lchown(world.path(), Some(1000), None).unwrap();
+        refused("belongs to user 1000");
+        fs::remove_file(world.path()).unwrap();
+        refused("has not made");
+    } else {
+        println!("skipped: a socket of somebody else: only root can make one");
+    }
     // A directory in which everybody may put things.
     fs::set_permissions(dir, Permissions::from_mode(0o777)).unwrap();
     refused("may be written by everybody");

@@ -42,7 +42,7 @@ impl Service for Tasks {
     }
 
     fn keyed_features(&self) -> u64 {
-        wire::KEY
+        wire::KEY | wire::CHUNKS
     }
 
     fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>> {

@@ -52,6 +52,8 @@ pub(super) struct Said {
     pub(super) facts: Option<Facts>,
     /// The facts were said on this connection.
     has_facts: bool,
+    /// Whether it knows chunks, which carry the ends of streams where a VMM does not; none: it has not said.
+    pub(super) chunks: Option<bool>,
     /// How far its clock is ahead, ms.
     pub(super) clock_ahead_ms: Option<i64>,
     pub(super) held: Option<Held>,
@@ -130,6 +132,11 @@ impl Agent {
             older.cancel();
         }
         token
+    }
+
+    /// Whether it knows chunks.
+    pub fn knows_chunks(&self, knows: bool) {
+        self.lock().chunks = Some(knows);
     }
 
     /// A connection has ended.

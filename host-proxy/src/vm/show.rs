@@ -116,7 +116,7 @@ impl VmEntry {
             port_pid: self.channel.port_pid(),
             held_by: self.channel.held_by(),
             vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
-            carrier: self.carrier(),
+            carrier: self.carrier(agent.chunks),
             ring_socket: self.dir.join(RING_SOCKET).display().to_string(),
             ivshmem_socket: self.dir.join(IVSHMEM_SOCKET).display().to_string(),
             fault: (!texts.is_empty()).then(|| texts.join("; ")),
@@ -142,7 +142,8 @@ impl VmEntry {
         channel.session() || channel.held_by().is_some() || channel.keeper.has_frontend()
     }
 
-    fn carrier(&self) -> Carrier {
+    /// `chunks`: whether its agent knows them.
+    fn carrier(&self, chunks: Option<bool>) -> Carrier {
         let (spec, says) = (self.spec(), self.origin.says());
         let asked = match spec.carrier.word() {
             "auto" => "`auto`: what its VMM brings".to_owned(),
@@ -156,11 +157,14 @@ impl VmEntry {
         let (way, shown) = match (hybrid, self.channel.held_by()) {
             (Some(hybrid), _) => {
                 let shown = Carrier {
-                    why: match hybrid.half_closes {
-                        true => says.into(),
-                        false => format!(
+                    why: match (hybrid.half_closes, chunks) {
+                        (true, _) => says.into(),
+                        (false, Some(true)) => format!(
+                            "{says}; the VMM takes a half-close for a close: chunks carry the ends of streams to the agent"
+                        ),
+                        (false, _) => format!(
                             "{says}; the VMM takes a half-close for a close: the end of a client's sending reaches the \
-                             guest only with the end of the stream"
+                             guest only with the end of the stream, unless the agent knows chunks; upgrade one that does not"
                         ),
                     },
                     hybrid: Some(hybrid.hybrid.display().to_string()),

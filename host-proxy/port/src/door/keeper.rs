@@ -34,6 +34,7 @@ use nix::sys::socket::{
 use nix::unistd::geteuid;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
+use super::confine::{Confined, confine};
 use super::{DIALED, FAILED, OFFERED, STATE_BAD, STATE_GOOD, TEXT_MAX, dial_of, is_pause};
 
 /// First argument of a process that is a doorkeeper.
@@ -106,6 +107,7 @@ struct Keeper {
     looked: u32,
     again_at: Option<Instant>,
     owner: Option<Owner>,
+    confined: Confined,
 }
 
 /// Serves until the port process ends. `control` is its end of the door.
@@ -117,6 +119,8 @@ pub fn run(args: Args, control: OwnedFd) -> io::Result<()> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
     let dir = args.socket.parent().map(Path::to_owned);
     let dir = dir.ok_or_else(|| io::Error::other("the VMM's socket has no directory"))?;
+    let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+    let confined = confine(&dir)?;
     let served = args.serve_ports.iter().map(|&port| {
         let mut path = args.socket.clone().into_os_string();
         path.push(format!("_{port}"));
@@ -131,13 +135,14 @@ pub fn run(args: Args, control: OwnedFd) -> io::Result<()> {
         path: args.socket,
         dir,
         control,
-        inotify: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?,
+        inotify,
         watch: None,
         said: None,
         refused: false,
         looked: 0,
         again_at: None,
         owner: None,
+        confined,
     };
     keeper.look()?;
     while keeper.turn()? {}
@@ -202,6 +207,10 @@ impl Keeper {
 
     /// Looks at the directory and everything in it, and says what was found if that is news.
     fn look(&mut self) -> io::Result<()> {
+        if !self.confined.is_current() {
+            let text = "the directory above the VMM's was replaced, and this process may make sockets in the old one only";
+            return Err(io::Error::other(text));
+        }
         // Watched first: what changes while it is looked at is looked at again.
         self.watch_dir();
         let found = self.check().and_then(|(_, owner)| {

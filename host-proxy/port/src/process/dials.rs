@@ -237,7 +237,7 @@ impl<C: Carrier> Process<C> {
         }
     }
 
-    fn request(&self, question: &Question, over: PortIndex) -> DialRequest {
+    fn request(&mut self, question: &Question, over: PortIndex) -> DialRequest {
         let (port, hello) = match &question.to {
             Target::VsockPort(port) => (*port, None),
             Target::Service(service) => {
@@ -246,7 +246,7 @@ impl<C: Carrier> Process<C> {
                     false => self.shard.port(over).epoch().unwrap_or(0),
                 };
                 let common = Common {
-                    features: 0,
+                    features: self.shard.port(over).carrier().hello_features(),
                     epoch,
                     boot_nonce: self.options.boot_nonce,
                 };
@@ -255,7 +255,10 @@ impl<C: Carrier> Process<C> {
                     extensions: question.extensions.clone(),
                     ..Open::new(service.clone(), common)
                 };
-                open.mac = self.key.as_ref().map(|key| key.mac(&open));
+                if let Some(key) = &self.key {
+                    self.keyed += 1;
+                    open.mac = Some(key.mac(&open, self.keyed));
+                }
                 (hello::PORT, Some(open))
             }
         };
