@@ -67,7 +67,7 @@ pub async fn converse(
     stream: Socket,
 ) -> io::Result<()> {
     let (reader, mut writer) = tokio::io::split(stream);
-    if vm.channel.hybrid().is_some() {
+    if vm.channel.is_foreign() {
         vm.agent.knows_chunks(features & wire::CHUNKS != 0);
         give_key(vm, features, &mut writer).await?;
     }
@@ -95,7 +95,7 @@ async fn give_key(
     writer: &mut WriteHalf<Socket>,
 ) -> io::Result<()> {
     if features & wire::KEY == 0 {
-        tracing::warn!(vm = %vm.name, "the agent knows no keys: whoever may open the VMM's socket can dial it; upgrade the agent");
+        tracing::warn!(vm = %vm.name, "the agent knows no keys: whoever on this host may open the VMM's socket, or AF_VSOCK, can dial it; upgrade the agent");
         keyed::no_key(vm).await;
         return Ok(());
     }

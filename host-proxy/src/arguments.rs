@@ -38,12 +38,14 @@ pub fn settings_in(line: &[u8], spec: &VmConfig) -> VmConfig {
     if !args.is_empty() {
         let at = args.iter().position(|arg| *arg == "--hybrid");
         let path = at.and_then(|at| args.get(at + 1));
-        settings.carrier = path.map_or_else(CarrierConfig::default, |path| {
-            CarrierConfig::Hybrid(Hybrid {
+        settings.carrier = match (path, value("--cid")) {
+            (Some(path), _) => CarrierConfig::Hybrid(Hybrid {
                 hybrid: path.into(),
                 half_closes: args.contains(&"--half-closes"),
-            })
-        });
+            }),
+            (None, Some(cid)) if args.contains(&"--vsock") => CarrierConfig::of_kernel(cid),
+            _ => CarrierConfig::default(),
+        };
     }
     settings
 }
@@ -72,6 +74,8 @@ mod tests {
         }
         assert_eq!((found.busy_poll_us, found.ivshmem_mib), (50, 4));
         assert!(found.allow_any_memory);
+        let line = b"adit-port\0--name\0a\0--cid\x0042\0--busy-poll-us\x000\0--vsock\0";
+        assert_eq!(settings_in(line, &spec).carrier.kernel(), Some(42));
         drop(child.stdin.take());
         child.wait().unwrap();
         // This process, and one that is not there, say nothing.

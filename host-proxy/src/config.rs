@@ -29,7 +29,7 @@ use adit_tasks::{Anchor, TrustStore};
 use serde::{Deserialize, Serialize};
 
 pub use access::{Address, GrantConfig, LISTENS_MAX, ListenConfig, Role, Speak, TokenConfig};
-pub use carrier::{CarrierConfig, Hybrid};
+pub use carrier::{CarrierConfig, Hybrid, Way};
 pub use certificates::{Files, Pem, Terms};
 pub use check::Problem;
 use check::{Document, Documents};
@@ -271,7 +271,8 @@ impl Trust {
 pub struct VmConfig {
     /// Name and id.
     pub name: VmId,
-    /// Its CID.
+    /// Its CID. In the file it may be left to [`carrier`](Self::carrier), if that has one.
+    #[serde(default)]
     pub cid: u64,
     /// Guest TCP ports that may be reached.
     #[serde(default)]
@@ -394,6 +395,15 @@ impl VmConfig {
             return Err(("ivshmem_mib", why));
         }
         self.carrier.check().map_err(|why| ("carrier", why))?;
+        if let Some(cid) = self.carrier.kernel()
+            && u64::from(cid) != self.cid
+        {
+            let why = format!(
+                "{} is not the CID of its `carrier`, {cid}: leave it out",
+                self.cid
+            );
+            return Err(("cid", why));
+        }
         for (key, len) in [
             ("allow", self.allow.len()),
             ("allow_vsock", self.allow_vsock.len()),

@@ -20,6 +20,7 @@
 //! | `reach`, `remedy` | from a destination to a stream; what to do where it is refused |
 //! | `proxy` | the HTTP forward proxy |
 //! | `services`, `agent` | what guests dial; the talk with an agent |
+//! | `guests` | guests that dial through the host's kernel |
 //! | `desk`, `disk` | goals and tasks: rules, database, and who hears of a change; whether a disk is full |
 //! | `api`, `metrics`, `events` | JSON on a Unix socket; counters; what happens here, numbered |
 //! | `log` | lines to stderr, one of each kind a second |
@@ -41,6 +42,7 @@ pub mod fault;
 pub mod fdstore;
 pub mod found;
 pub mod front;
+pub mod guests;
 pub mod identity;
 pub mod keeper;
 pub mod lines;

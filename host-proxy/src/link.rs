@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use adit_passed::{Closer, Passed};
 use adit_port::control::{
-    DIALS_MAX, DialError, DialFailed, Dialed, EndTunnels, Ends, EndsTaken, FEATURE_CONNECT,
-    FEATURE_ENDS, FEATURE_KEY, FEATURE_LIMITS, FEATURE_TUNNELS, Handover, Incoming, Kept, Key,
-    Limit, ListTunnels, Quit, Release, Ring, SetLimits, Status, Tunnels,
+    Accepted, BegunAnew, DIALS_MAX, DialError, DialFailed, Dialed, EndTunnels, Ends, EndsTaken,
+    FEATURE_ACCEPTED, FEATURE_CONNECT, FEATURE_ENDS, FEATURE_KEY, FEATURE_LIMITS, FEATURE_TUNNELS,
+    Handover, Incoming, Kept, Key, Limit, ListTunnels, Quit, Release, Ring, SetLimits, Status,
+    Tunnels,
 };
 use adit_port::control_io::{ControlError, Message, receive_passed, send};
 use tokio::io::Interest;
@@ -62,6 +63,8 @@ enum Frame {
     Plain(Message),
     /// What this dial has to pass.
     Passing(u64),
+    /// What a guest has dialled.
+    Accepted(Accepted, OwnedFd),
 }
 
 /// A connected port process.
@@ -82,6 +85,8 @@ pub struct Link {
     limits: AtomicBool,
     /// The port process has [`FEATURE_KEY`].
     takes_keys: AtomicBool,
+    /// The port process has [`FEATURE_ACCEPTED`].
+    takes_accepted: AtomicBool,
     /// Who waits for a page of tunnels.
     listing: Mutex<Option<oneshot::Sender<Tunnels>>>,
     status: watch::Sender<Option<Status>>,
@@ -120,6 +125,7 @@ impl Link {
             tells_ends: AtomicBool::new(false),
             limits: AtomicBool::new(false),
             takes_keys: AtomicBool::new(false),
+            takes_accepted: AtomicBool::new(false),
             listing: Mutex::default(),
             status: watch::Sender::new(None),
         });
@@ -189,6 +195,22 @@ impl Link {
     pub async fn set_key(&self, key: Option<[u8; 32]>) -> bool {
         let key = Frame::Plain(Message::Key(Key { key }));
         self.takes_keys.load(Ordering::Relaxed) && self.outbox.send(key).await.is_ok()
+    }
+
+    /// Passes a stream that the guest has dialled. Returns false if the port process is of an older build or serves the VM by another
+    /// way, has gone, or reads nothing: then the stream is closed.
+    pub fn accepted(&self, accepted: Accepted, socket: OwnedFd) -> bool {
+        let frame = Frame::Accepted(accepted, socket);
+        self.takes_accepted.load(Ordering::Relaxed) && self.outbox.try_send(frame).is_ok()
+    }
+
+    /// Has all streams end that are older than this one, which the guest has dialled.
+    pub fn begun_anew(&self, port: u32, guest_port: u32) {
+        let anew = Message::BegunAnew(BegunAnew { port, guest_port });
+        // If there is no room it does not read, and nothing of its streams gets anywhere.
+        if self.takes_accepted.load(Ordering::Relaxed) {
+            let _ = self.outbox.try_send(Frame::Plain(anew));
+        }
     }
 
     /// Whether the port process tells how tunnels end: an older build does not.
@@ -312,6 +334,8 @@ impl Driver {
                             .store(limits && tells && lists, Ordering::Relaxed);
                         let takes_keys = features.bits & FEATURE_KEY != 0;
                         link.takes_keys.store(takes_keys, Ordering::Relaxed);
+                        let accepted = features.bits & FEATURE_ACCEPTED != 0;
+                        link.takes_accepted.store(accepted, Ordering::Relaxed);
                     }
                     (Message::Tunnels(page), _) => {
                         if let Some(tell) = link.listing().take() {
@@ -361,6 +385,9 @@ impl Link {
     fn send(&self, sock: BorrowedFd<'_>, frame: &Frame) -> Result<(), ControlError> {
         let id = match frame {
             Frame::Plain(message) => return send(sock, message, None),
+            Frame::Accepted(accepted, socket) => {
+                return send(sock, &Message::Accepted(*accepted), Some(socket.as_fd()));
+            }
             Frame::Passing(id) => *id,
         };
         let mut waiting = self.waiting();

@@ -122,6 +122,12 @@ const ANSWERS: Metric = Metric {
     help: "Questions that a listener for DNS was asked, by what became of them: found, no-data, no-name, failed, refused, malformed, \
            not-implemented, or over the rate of their address: truncated, dropped",
 };
+const GUESTS: Metric = Metric {
+    name: "adit_guest_streams_refused_total",
+    labels: &["reason"],
+    help: "Streams that guests have dialled through the host's kernel and that were closed: no VM has the CID (unknown), its VM is reached by \
+           another carrier (carrier), its port process takes none (port-process), or it dials too much (rate)",
+};
 const CONFIG: Metric = Metric {
     name: "adit_config_last_reload_successful",
     labels: &[],
@@ -131,7 +137,7 @@ const CONFIG: Metric = Metric {
 /// All metrics.
 pub const METRICS: &[Metric] = &[
     REQUESTS, TASKS, READY, LOCKED, STREAMS, FAULT, DIALS, DIAL_TIME, FIRST_BYTE, QUEUED, CLOCK,
-    CARD, ACCEPTED, OPEN, OPEN_MAX, TURNED, ANSWERS, CONFIG,
+    CARD, ACCEPTED, OPEN, OPEN_MAX, TURNED, ANSWERS, GUESTS, CONFIG,
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -145,12 +151,18 @@ struct Outcome {
     state: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: &'static str,
+}
+
 /// The values of all metrics.
 pub struct Metrics {
     registry: Mutex<Prometheus>,
     requests: Family<Status, Counter>,
     tasks: Family<Outcome, Counter>,
     listeners: Listeners,
+    guests: Family<Reason, Counter>,
     config: Gauge,
 }
 
@@ -162,10 +174,12 @@ impl Metrics {
             requests: Family::default(),
             tasks: Family::default(),
             listeners: Listeners::default(),
+            guests: Family::default(),
             config: Gauge::default(),
         };
         metrics.register(REQUESTS, &metrics.requests);
         metrics.register(TASKS, &metrics.tasks);
+        metrics.register(GUESTS, &metrics.guests);
         metrics.register(CONFIG, &metrics.config);
         let listeners = metrics.listeners.clone();
         let scrape = Box::new(Scrape { vms, listeners });
@@ -197,6 +211,11 @@ impl Metrics {
         self.requests
             .get_or_create(&Status { method, status })
             .inc();
+    }
+
+    /// Counts a stream that a guest has dialled and that was closed.
+    pub fn guest_refused(&self, reason: &'static str) {
+        self.guests.get_or_create(&Reason { reason }).inc();
     }
 
     /// Counts a task that ended.
@@ -318,6 +337,7 @@ mod tests {
         listener.answers();
         metrics.request(true, 200);
         metrics.task_ended("done");
+        metrics.guest_refused("unknown");
         let vm = vms.get(&"web-1".parse().unwrap()).unwrap();
         vm.dials.begin(&Target::VsockPort(1)).ended(None);
         vm.agent.clock(5000, 0);

@@ -136,6 +136,12 @@ impl Registry {
             .cloned()
     }
 
+    /// Finds a VM by its CID.
+    pub fn by_cid(&self, cid: u64) -> Option<Arc<VmEntry>> {
+        let vms = self.vms.read().unwrap_or_else(PoisonError::into_inner);
+        vms.values().find(|vm| vm.cid == cid).cloned()
+    }
+
     /// All VMs, by name.
     pub fn all(&self) -> Vec<Arc<VmEntry>> {
         self.vms

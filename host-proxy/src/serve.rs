@@ -24,7 +24,7 @@ use crate::monitor::Monitor;
 use crate::place::{Bound, Listeners};
 use crate::state::State;
 use crate::visit::Visits;
-use crate::{api, blobs, desk, events, identity, reload, vms};
+use crate::{api, blobs, desk, events, guests, identity, reload, vms};
 
 /// How long requests that are under way may go on after the stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -157,6 +157,7 @@ impl Service {
         tasks.spawn(async move { timed.desk.keep_time(&timed.stop).await });
         tasks.spawn(reload::follow(state.clone(), changes));
         tasks.spawn(enforce::keep(state.clone()));
+        tasks.spawn(guests::serve(state.clone()));
         tasks.spawn(state.events.clone().count_denials());
         if let Some(listener) = metrics {
             let app = api::observe(state.clone()).with_state(state.clone());

@@ -27,6 +27,7 @@ use crate::desk::store::db::Db;
 use crate::events::Events;
 use crate::found::Found;
 use crate::front::tls::Tls;
+use crate::guests::Guests;
 use crate::listen::{Room, Shares};
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
@@ -65,6 +66,8 @@ pub struct State {
     pub visits: Arc<Visits>,
     /// What happens here.
     pub events: Arc<Events>,
+    /// Guests that dial through the host's kernel.
+    pub guests: Guests,
     /// What needs root.
     pub monitor: Monitor,
     /// VMs that are found.
@@ -149,6 +152,7 @@ impl State {
             host: OnceLock::new(),
             bound: OnceLock::new(),
             reloads: Reloads::default(),
+            guests: Guests::default(),
             monitor,
             found: Found::default(),
             metrics,

@@ -298,6 +298,7 @@ async fn reach(vm: &VmEntry, monitor: &Monitor) -> Result<Connected, String> {
             path: h.hybrid.clone(),
             half_closes: h.half_closes,
         }),
+        kernel: spec.carrier.kernel().is_some(),
     };
     let left = keeper.pass_on().map_err(|e| e.to_string())?;
     let reached = tokio::select! {

@@ -88,7 +88,10 @@ async fn start(state: &Arc<State>, vm: &Arc<VmEntry>) {
         vm.clone(),
         state.monitor.clone(),
         on_incoming,
-        move || of_access.access_changed.notify_one(),
+        move || {
+            of_access.access_changed.notify_one();
+            of_access.guests.wanted();
+        },
         move |ends: &Ends| of_ends.visits.ended_all(&ended_in, ends),
     ));
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! Dialing ── socket ──► Asked ── OK ──► Open ◄── RESPONSE of the engine ── Offered ◄── the guest has dialled
+//!    ├── socket that is open already ──►┘
 //!    └── failed ─► broken ◄── anything else     └── RST of the engine ─► gone
 //! ```
 
@@ -45,6 +46,8 @@ pub(super) struct Link {
     guest_port: u32,
     pub(super) socket: Option<OwnedFd>,
     pub(super) phase: Phase,
+    /// Counts links in the order in which they came.
+    pub(super) born: u64,
     /// What its socket is watched for.
     pub(super) watched: EpollFlags,
     /// It is in the queue of those that may have a packet.
@@ -90,6 +93,7 @@ impl Link {
             guest_port,
             socket: None,
             phase,
+            born: 0,
             watched: EpollFlags::empty(),
             queued: false,
             broken: false,

@@ -21,6 +21,8 @@
 //! | the same, behind a hello with [`CHUNKS`](hello::CHUNKS) | an end among the [chunks](crate::chunk), in both directions (`wire.rs`) |
 //!
 //! Rules:
+//! - Where the host's kernel carries the streams (`vhost_vsock`) a stream is open when its socket is connected, and the guest's port is
+//!   known; the rest is the same.
 //! - Every socket is nonblocking, so nothing here blocks. A socket that accepts nothing keeps at most [`WINDOW`] bytes.
 //! - The VMM is as hostile as its guest: it can end its own streams, and nothing else.
 //! - A session lasts while the VMM's socket is there. One that goes away takes no stream along that is still open: only its
@@ -107,6 +109,34 @@ pub enum DoorNews {
         /// The socket, nonblocking.
         socket: OwnedFd,
     },
+    /// A stream to the guest that is open: the guest has accepted.
+    Opened {
+        /// As the dial has it.
+        ticket: u32,
+        /// The socket, nonblocking.
+        socket: OwnedFd,
+    },
+    /// There is no VM: its [`State`](Self::State) says why.
+    Gone {
+        /// As the dial has it.
+        ticket: u32,
+    },
+    /// The guest has dialled a port of the host, from a port that is known.
+    OfferedBy {
+        /// The host's port.
+        port: u32,
+        /// The guest's.
+        guest_port: u32,
+        /// The socket, nonblocking.
+        socket: OwnedFd,
+    },
+    /// The guest has begun anew with this stream, which it has dialled: what came before is of a guest that is no more (R128).
+    BegunAnew {
+        /// The host's port.
+        port: u32,
+        /// The guest's.
+        guest_port: u32,
+    },
 }
 
 /// What is known of a VMM.
@@ -134,6 +164,8 @@ pub struct Foreign<D> {
     /// Resets for pairs that have no link.
     resets: VecDeque<PacketHeader>,
     next_guest_port: u32,
+    /// Counts links.
+    births: u64,
     /// Counts dials, so that a late answer finds no later link of the same slot.
     dials: u32,
     state: Result<(), String>,
@@ -180,6 +212,7 @@ impl<D: Door> Foreign<D> {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             next_guest_port: GUEST_PORTS,
+            births: 0,
             dials: 0,
             over: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             state: Err("the VMM's socket was not looked at yet".into()),
@@ -197,7 +230,9 @@ impl<D: Door> Foreign<D> {
         self.links.len() - self.free.len()
     }
 
-    fn add(&mut self, link: Link) -> Option<usize> {
+    fn add(&mut self, mut link: Link) -> Option<usize> {
+        link.born = self.births;
+        self.births += 1;
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.links.len() < LINKS_MAX => {
@@ -314,9 +349,45 @@ impl<D: Door> Foreign<D> {
                     }
                 }
                 DoorNews::Offered { port, socket } => self.offered(port, socket),
+                DoorNews::Opened { ticket, socket } => {
+                    if let Some(index) = self.dialed(ticket) {
+                        match self.connect(index, socket) {
+                            true => self.opened(index),
+                            false => self.give_up(index),
+                        }
+                    }
+                }
+                DoorNews::Gone { ticket } => {
+                    if let Some(index) = self.dialed(ticket) {
+                        self.gone(index);
+                    }
+                }
+                DoorNews::OfferedBy {
+                    port,
+                    guest_port,
+                    socket,
+                } => self.offered_by(port, guest_port, socket),
+                DoorNews::BegunAnew { port, guest_port } => self.begun_anew((port, guest_port)),
             }
         }
         changed
+    }
+
+    /// The guest has accepted.
+    fn opened(&mut self, index: usize) {
+        if let Some(Some(link)) = self.links.get_mut(index) {
+            link.phase = Phase::Accepted;
+        }
+        self.queue(index);
+    }
+
+    /// There is no VM. If nothing of it is left, the session ends, and the dial with it; otherwise the dial fails by itself.
+    fn gone(&mut self, index: usize) {
+        let is_bare = |l: &Link| matches!(l.phase, Phase::Dialing(_));
+        match self.state.is_err() && self.links.iter().flatten().all(is_bare) {
+            true => (0..self.links.len()).for_each(|index| self.remove(index)),
+            false => self.give_up(index),
+        }
     }
 
     /// The link that waits for this ticket.
@@ -328,6 +399,29 @@ impl<D: Door> Foreign<D> {
         })
     }
 
+    /// The guest has dialled from this port.
+    fn offered_by(&mut self, port: u32, guest_port: u32, socket: OwnedFd) {
+        if let Some(&older) = self.pairs.get(&(port, guest_port)) {
+            // The kernel knows no two streams of one pair, so the older one has ended. The guest tries again.
+            return self.queue(older);
+        }
+        self.add_offered(port, guest_port, socket);
+    }
+
+    /// Ends all streams that are older than this one.
+    fn begun_anew(&mut self, pair: (u32, u32)) {
+        let found = self.pairs.get(&pair).and_then(|&at| self.links.get(at));
+        let Some(born) = found.and_then(Option::as_ref).map(|l| l.born) else {
+            // It has ended meanwhile, and the guest dials again.
+            return;
+        };
+        for index in 0..self.links.len() {
+            if self.links[index].as_ref().is_some_and(|l| l.born < born) {
+                self.give_up(index);
+            }
+        }
+    }
+
     /// The guest has dialled.
     fn offered(&mut self, port: u32, socket: OwnedFd) {
         let mut guest_port = self.next_guest_port;
@@ -335,6 +429,10 @@ impl<D: Door> Foreign<D> {
             guest_port = guest_port.wrapping_add(1).max(GUEST_PORTS);
         }
         self.next_guest_port = guest_port.wrapping_add(1).max(GUEST_PORTS);
+        self.add_offered(port, guest_port, socket);
+    }
+
+    fn add_offered(&mut self, port: u32, guest_port: u32, socket: OwnedFd) {
         let phase = Phase::Offered { said: false };
         let link = Link::new(port, guest_port, phase, Wire::Plain);
         // Dropped, it tells the guest that it is refused.
@@ -345,7 +443,7 @@ impl<D: Door> Foreign<D> {
         }
     }
 
-    /// Ends a stream that is not open yet, with a reset for the engine.
+    /// Ends a stream, with a reset for the engine.
     fn give_up(&mut self, index: usize) {
         if let Some(Some(link)) = self.links.get_mut(index) {
             link.broken = true;

@@ -18,6 +18,8 @@ use crate::port::Notice;
 use crate::shard::{News, PortIndex, Shard};
 use crate::sink::Sink;
 
+mod kernel;
+
 const HERE: PortIndex = PortIndex(0);
 /// A condition that does not hold after so many turns has failed.
 const TURNS_MAX: u32 = 200_000;

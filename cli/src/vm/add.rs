@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use adit_api::{CarrierName, NewCarrier, NewHybrid, NewVm, Vm};
+use adit_api::{CarrierName, NewCarrier, NewHybrid, NewKernel, NewVm, NewVsock, Vm};
 use clap::{ArgGroup, Args};
 
 use super::show;
@@ -14,6 +14,7 @@ const EXAMPLE: &str = "\
 Examples:
   adit vm add web-3 --cid 5 --allow 80,22             # QEMU, or another VMM that speaks vhost-user
   adit vm add web-4 --hybrid /run/fc/web-4/v.sock     # Firecracker, Cloud Hypervisor
+  adit vm add web-5 --vhost-vsock --cid 6             # the host's kernel: libvirt, or QEMU with vhost-vsock-pci
 
 `vhost-user` in the answer is the socket that its VMM connects to, and `costs` what that VMM cannot do with it. The VMs of aditd.toml need
 not be added.";
@@ -30,7 +31,7 @@ pub struct Add {
     name: String,
     /// Its CID: 3 or more, and no other VM's. Without it aditd chooses one
     #[arg(long)]
-    cid: Option<u64>,
+    cid: Option<u32>,
     /// Its VMM has a socket for each stream, as Firecracker and Cloud Hypervisor do, at this path
     #[arg(long, value_name = "PATH", group = WAY)]
     hybrid: Option<PathBuf>,
@@ -43,6 +44,9 @@ pub struct Add {
     /// The same, and its VMM is to hand over a ring: without one the VM has a fault
     #[arg(long, group = WAY)]
     ring: bool,
+    /// The host's kernel reaches it by its CID, as its VMM has given it: vhost-vsock, as QEMU and libvirt have it
+    #[arg(long, group = WAY, requires = "cid")]
+    vhost_vsock: bool,
     /// Guest TCP ports that may be reached
     #[arg(long, value_delimiter = ',', value_name = "PORT,…")]
     allow: Vec<u16>,
@@ -57,7 +61,7 @@ pub struct Add {
 pub async fn run(add: &Add, client: &Client, format: Format) -> Result<(), Failure> {
     let new = NewVm {
         name: add.name.clone(),
-        cid: add.cid.unwrap_or(0),
+        cid: add.cid.unwrap_or(0).into(),
         carrier: add.carrier()?,
         allow: add.allow.clone(),
         allow_vsock: add.allow_vsock.clone(),
@@ -78,6 +82,10 @@ impl Add {
                 hybrid: hybrid.to_owned(),
                 half_closes: self.half_closes,
             })));
+        }
+        if let (true, Some(cid)) = (self.vhost_vsock, self.cid) {
+            let vsock = NewVsock { cid };
+            return Ok(Some(NewCarrier::Kernel(NewKernel { vsock })));
         }
         let named = [
             (self.vhost_user, CarrierName::VhostUser),

@@ -116,8 +116,8 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
     ];
     let lock = vm.lock.iter();
     rows.extend(lock.map(|lock| ["lock".into(), locked(lock)]));
-    // With its own sockets, a VMM connects to none of these.
-    if vm.carrier.hybrid.is_none() {
+    // With its own sockets, or those of the kernel, a VMM connects to none of these.
+    if vm.carrier.hybrid.is_none() && vm.carrier.kernel_cid.is_none() {
         rows.extend([
             ["vhost-user".into(), vm.vhost_socket.clone()],
             ["ring".into(), vm.ring_socket.clone()],
@@ -256,6 +256,9 @@ fn clock(ahead_ms: i64) -> String {
 fn carrier(carrier: &Carrier) -> String {
     let kind = match (&carrier.hybrid, carrier.kind) {
         (Some(path), _) => &format!("hybrid {path}"),
+        (None, _) if let Some(cid) = carrier.kernel_cid => {
+            &format!("AF_VSOCK of the kernel, CID {cid}")
+        }
         (None, CarrierKind::Vsock) => "vsock",
         (None, CarrierKind::Ring) => "ring",
     };

@@ -11,6 +11,8 @@ pub enum NewCarrier {
     Named(CarrierName),
     /// By the sockets of a VMM that has one for each stream.
     Hybrid(NewHybrid),
+    /// By AF_VSOCK of the host's kernel.
+    Kernel(NewKernel),
 }
 
 /// Carriers without parameters.
@@ -38,6 +40,24 @@ pub struct NewHybrid {
     pub half_closes: bool,
 }
 
+/// A VM whose streams the host's kernel carries, as QEMU and libvirt have it.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewKernel {
+    /// What the kernel knows it by.
+    pub vsock: NewVsock,
+}
+
+/// What the kernel knows a VM by.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewVsock {
+    /// The CID that the VMM has given it.
+    pub cid: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,6 +75,12 @@ mod tests {
             (r#""ring""#, NewCarrier::Named(CarrierName::Ring)),
             (r#"{"hybrid":"/a/v.sock"}"#, hybrid(false)),
             (r#"{"hybrid":"/a/v.sock","half_closes":true}"#, hybrid(true)),
+            (
+                r#"{"vsock":{"cid":42}}"#,
+                NewCarrier::Kernel(NewKernel {
+                    vsock: NewVsock { cid: 42 },
+                }),
+            ),
         ] {
             assert_eq!(serde_json::to_string(&carrier).unwrap(), text);
             assert_eq!(serde_json::from_str::<NewCarrier>(text).unwrap(), carrier);

@@ -250,6 +250,14 @@ fn channel(vm: &Vm) -> Vec<Finding> {
             fault(vm, &["transport"]).unwrap_or_else(|| "it is not there".into()),
             format!("start the VM; the socket of its vsock device must be {path}"),
         ),
+        (_, Some(false)) if let Some(cid) = vm.carrier.kernel_cid => failed(
+            "VMM",
+            fault(vm, &["transport"]).unwrap_or_else(|| "it is not there".into()),
+            format!(
+                "start the VM with `-device vhost-vsock-pci,guest-cid={cid}`; `ls -l /dev/vhost-vsock` shows whether the kernel has the device, \
+                 and `modprobe vhost_vsock` brings it"
+            ),
+        ),
         (_, Some(false)) => failed(
             "VMM",
             "none is connected",
@@ -263,6 +271,12 @@ fn channel(vm: &Vm) -> Vec<Finding> {
     let device = match fault(vm, &["transport"]) {
         // It has said what is in the way of the VMM's socket.
         Some(_) if vm.carrier.hybrid.is_some() => unknown("device", "no VMM"),
+        Some(_) if vm.carrier.kernel_cid.is_some() && !has_session => unknown("device", "no VMM"),
+        Some(why) if vm.carrier.kernel_cid.is_some() => failed(
+            "device",
+            why,
+            "do what it says; RUN/vm/NAME/port.log and aditd's own log say more",
+        ),
         Some(why) => failed(
             "device",
             why,

@@ -65,7 +65,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use carrier::{CarrierName, NewCarrier, NewHybrid};
+pub use carrier::{CarrierName, NewCarrier, NewHybrid, NewKernel, NewVsock};
 pub use event::{HostEvent, HostEventKind};
 pub use state::{TaskState, VmState};
 
@@ -468,6 +468,9 @@ pub struct Carrier {
     /// The VMM's socket, where the VMM has one for each stream; none: it has a device, by vhost-user or in its own process.
     #[serde(default)]
     pub hybrid: Option<String>,
+    /// The CID of a VM whose streams the host's kernel carries (vhost_vsock).
+    #[serde(default)]
+    pub kernel_cid: Option<u32>,
     /// What the ring's memory is and how it came; none: there is no ring.
     pub memory: Option<String>,
     /// Bytes of the ring's region.

@@ -35,6 +35,8 @@
 //!
 //!   Key{key} ──────────────────────────────▶  its hellos carry the MAC of this key from now on
 //!
+//!   Accepted{port, guest_port} + 1 fd ─────▶  the guest dialled, and the host's kernel gave its stream to aditd
+//!   BegunAnew{port, guest_port} ───────────▶  streams that are older than this one end
 //!   ◀──────────────────────── Incoming{port} + 1 fd     (the guest dialled a port that aditd serves)
 //!   ◀─────────────────────────── Ring (after connecting, and on every change)
 //!
@@ -78,6 +80,8 @@ pub const LIMITS_MAX: usize = 4;
 pub const LIMITED_MAX: usize = 512;
 /// Bit of [`Features`]: the port process knows `Key`.
 pub const FEATURE_KEY: u64 = 16;
+/// Bit of [`Features`]: the host's kernel carries the VM's streams, and the port process takes [`Accepted`] and [`BegunAnew`].
+pub const FEATURE_ACCEPTED: u64 = 32;
 /// Most bytes of a tunnel's note.
 pub const NOTE_MAX: usize = 1024;
 /// Most tunnels of an [`Ends`].
@@ -229,6 +233,26 @@ pub struct ConnectLimited {
 pub struct SetLimits {
     /// Their numbers, and the limits of each: at most [`LIMITED_MAX`] tunnels with at most [`LIMITS_MAX`] limits each.
     pub tunnels: Vec<(u64, Vec<Limit>)>,
+}
+
+/// The guest has dialled a port of the host whose kernel carries its streams: the descriptor in this packet (an AF_VSOCK socket,
+/// nonblocking). It comes back as an [`Incoming`], as what guests dial elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// The host's port.
+    pub port: u32,
+    /// The guest's, as the guest's kernel says.
+    pub guest_port: u32,
+}
+
+/// With this stream, which came as an [`Accepted`], the guest has begun anew: it was reset, or restored from a snapshot, and its kernel
+/// told nobody. The port process ends all streams that are older.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BegunAnew {
+    /// The host's port.
+    pub port: u32,
+    /// The guest's.
+    pub guest_port: u32,
 }
 
 /// The key of hellos from now on: each carries its MAC (`adit_channel::hello::HostKey`). None: they carry none.

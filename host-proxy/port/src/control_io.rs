@@ -288,6 +288,14 @@ mod tests {
             }),
             Message::Features(Features { bits: u64::MAX }),
             Message::Key(Key { key: Some([7; 32]) }),
+            Message::Accepted(Accepted {
+                port: 741,
+                guest_port: u32::MAX,
+            }),
+            Message::BegunAnew(BegunAnew {
+                port: 741,
+                guest_port: 742,
+            }),
             Message::Cancel(Cancel { id: 3 }),
             Message::Quit(Quit {}),
             Message::Status(status),

@@ -7,6 +7,9 @@
 //!             ◄─── offered 741 + a socket ────────────────────────────  v.sock_741: the guest has dialled
 //!             ◄─── state: v.sock is there, or why it is not ──────────  inotify
 //! ```
+//! For a VM whose streams the host's kernel carries (`vhost_vsock`) it makes the AF_VSOCK sockets (`kernel.rs`); what such a guest dials
+//! arrives at `aditd`, and from there over the control socket ([`Offers`]).
+//!
 //! The port process may be taken over by its guest, so it opens no sockets of its own, and cannot say which one it means: the
 //! doorkeeper knows one path, and gets numbers. It sees none of the streams' bytes. It ends when the port process ends; a port
 //! process whose doorkeeper has ended ends, too, and `aditd` starts both again.
@@ -15,6 +18,9 @@
 
 mod confine;
 pub mod keeper;
+mod kernel;
+mod offers;
+mod wire;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -23,6 +29,8 @@ use std::process::{Child, Command, Stdio};
 
 use adit_channel::foreign::{Door, DoorNews};
 use adit_passed::{Closer, receive};
+pub use offers::{Offers, WithOffers};
+
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
 use rustix::net::RecvFlags;
@@ -37,6 +45,17 @@ const STATE_BAD: u8 = 2;
 const DIALED: u8 = 3;
 const FAILED: u8 = 4;
 const OFFERED: u8 = 5;
+const OPENED: u8 = 6;
+const GONE: u8 = 7;
+
+/// What the doorkeeper reaches.
+#[derive(Clone, Copy, Debug)]
+pub enum Behind<'a> {
+    /// A VMM that has a socket for each stream.
+    Socket(&'a Path),
+    /// The VM with this CID, through the host's kernel.
+    Kernel(u32),
+}
 
 /// A dial, as the doorkeeper gets it: ticket, port.
 fn dial_bytes(ticket: u32, port: u32) -> [u8; 8] {
@@ -59,20 +78,24 @@ fn dial_of(bytes: [u8; 8]) -> (u32, u32) {
 pub struct DoorLink {
     socket: OwnedFd,
     closer: Closer,
-    /// Reaped by init, because the port process ends with it.
-    _child: Child,
+    /// Reaped by init, because the port process ends with it. None: a thread of a test.
+    _child: Option<Child>,
 }
 
 impl DoorLink {
-    /// Starts a doorkeeper for the VMM's socket. Call it before the process gives up the right to start another.
+    /// Starts a doorkeeper. Call it before the process gives up the right to start another.
     ///
     /// # Errors
     /// There are no descriptors, or the program cannot be started.
-    pub fn start(path: &Path, ports: &[u32], closer: Closer) -> io::Result<Self> {
+    pub fn start(behind: Behind<'_>, ports: &[u32], closer: Closer) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg(keeper::COMMAND).arg("--socket").arg(path);
+        command.arg(keeper::COMMAND);
+        match behind {
+            Behind::Socket(path) => command.arg("--socket").arg(path),
+            Behind::Kernel(cid) => command.arg("--cid").arg(cid.to_string()),
+        };
         for port in ports {
             command.arg("--serve-port").arg(port.to_string());
         }
@@ -80,8 +103,18 @@ impl DoorLink {
         Ok(Self {
             socket: ours,
             closer,
-            _child: child,
+            _child: Some(child),
         })
+    }
+
+    /// Speaks to a doorkeeper that is there.
+    #[cfg(test)]
+    fn over(socket: OwnedFd, closer: Closer) -> Self {
+        Self {
+            socket,
+            closer,
+            _child: None,
+        }
     }
 
     /// The next packet. `Ok(None)`: there is none now.
@@ -114,7 +147,12 @@ impl DoorLink {
                 // This process has no descriptor left.
                 None => DoorNews::Failed { ticket },
             }),
+            Some(&OPENED) => number(1).map(|ticket| match socket.take() {
+                Some(socket) => DoorNews::Opened { ticket, socket },
+                None => DoorNews::Failed { ticket },
+            }),
             Some(&FAILED) => number(1).map(|ticket| DoorNews::Failed { ticket }),
+            Some(&GONE) => number(1).map(|ticket| DoorNews::Gone { ticket }),
             // Without its descriptor there is nothing to serve, and the guest sees the end of it.
             Some(&OFFERED) => match (number(1), socket.take()) {
                 (Some(port), Some(socket)) => Some(DoorNews::Offered { port, socket }),

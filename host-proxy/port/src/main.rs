@@ -17,7 +17,7 @@ use adit_channel::vhost_user::{self, MemoryPolicy, VhostUserCarrier, VhostUserCo
 use adit_names::VmId;
 use adit_passed::{Closer, Passed};
 use adit_port::control_io::{Message, receive_passed};
-use adit_port::door::{DoorLink, keeper};
+use adit_port::door::{Behind, DoorLink, WithOffers, keeper};
 use adit_port::keep::{Keeping, Note};
 use adit_port::log;
 use adit_port::place::Place;
@@ -51,6 +51,9 @@ struct Args {
     /// The VMM of --hybrid passes a half-close on, in both directions.
     #[arg(long, requires = "hybrid")]
     half_closes: bool,
+    /// Reach the guest through the host's kernel (vhost_vsock), and not by vhost-user. What the guest dials comes from aditd.
+    #[arg(long, conflicts_with = "hybrid")]
+    vsock: bool,
     /// Host port that the guest may dial; repeat for more.
     #[arg(long = "serve-port", value_name = "PORT", default_values_t = [hello::PORT])]
     serve_ports: Vec<u32>,
@@ -119,7 +122,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     // Landlock applies to the calling thread and its children, so no thread may exist yet.
     Closer::shared().hold();
     let place = Place::prepare(&args.dir)?;
-    if args.hybrid.is_some() {
+    if args.hybrid.is_some() || args.vsock {
         // No VMM and no ring connects to these.
         place.withdraw(&args.dir)?;
     }
@@ -132,8 +135,14 @@ fn run(args: Args) -> anyhow::Result<()> {
         .context("cannot read /dev/urandom")?;
     let (boot_nonce, seed) = random.split_at(16);
     // It keeps the rights that this process gives up.
-    let door = args.hybrid.as_ref().map(|path| {
-        DoorLink::start(path, &args.serve_ports, Closer::shared())
+    let guest_cid = GuestCid::new(args.cid).context("CID is reserved: use 3 to 4294967294")?;
+    let behind = match &args.hybrid {
+        Some(path) => Some(Behind::Socket(path)),
+        None if args.vsock => Some(Behind::Kernel(u32::try_from(args.cid)?)),
+        None => None,
+    };
+    let door = behind.map(|behind| {
+        DoorLink::start(behind, &args.serve_ports, Closer::shared())
             .context("cannot start the doorkeeper")
     });
     let door = door.transpose()?;
@@ -147,7 +156,6 @@ fn run(args: Args) -> anyhow::Result<()> {
     if !files {
         tracing::warn!("the kernel has no landlock: only seccomp confines this process");
     }
-    let guest_cid = GuestCid::new(args.cid).context("CID is reserved: use 3 to 4294967294")?;
     let options = Options {
         vm: args.name.clone(),
         cid: args.cid,
@@ -158,7 +166,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         vmm: false,
     };
     if let Some(door) = door {
-        return serve_hybrid(&args, door, options, place, left, stop);
+        return serve_foreign(&args, door, options, place, left, stop);
     }
     let mut config = VhostUserConfig::new(place.vhost, guest_cid, args.name.to_string());
     if args.allow_any_memory {
@@ -190,8 +198,8 @@ fn run(args: Args) -> anyhow::Result<()> {
     process.run().context("the loop ended")
 }
 
-/// Serves a VM whose VMM has a socket for each stream. It has no ring, and nothing of it outlives this process.
-fn serve_hybrid(
+/// Serves a VM whose VMM, or whose host's kernel, has a socket for each stream. It has no ring, and nothing of it outlives this process.
+fn serve_foreign(
     args: &Args,
     door: DoorLink,
     options: Options,
@@ -205,11 +213,16 @@ fn serve_hybrid(
     // Its thread must be there before the last right to make one is gone.
     Closer::shared().prepare();
     let with = foreign::Options {
-        half_closes: args.half_closes,
+        // AF_VSOCK passes them on.
+        half_closes: args.half_closes || args.vsock,
     };
+    let (door, offers) = WithOffers::new(door).context("cannot serve the VMM's streams")?;
     let carrier = Foreign::new(door, with, left.live.epoch() + 1)
         .context("cannot serve the VMM's streams")?;
     let mut process = Process::new(options, carrier, left.live, keeping, place.control, stop)?;
+    if args.vsock {
+        process = process.with_offers(offers);
+    }
     sandbox::lock_calls().context("cannot enter the sandbox")?;
     tracing::info!(pid = std::process::id(), "serving");
     process.run().context("the loop ended")

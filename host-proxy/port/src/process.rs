@@ -33,6 +33,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
 use crate::control::{DIALS_MAX, Incoming, RING_PEER_PORT, Status};
 use crate::control_io::{ControlError, Message, receive, send_all};
+use crate::door::Offers;
 use crate::keep::Keeping;
 use crate::rings::{RingInbox, RingInfo, RingNews};
 use bell::Bell;
@@ -98,6 +99,8 @@ pub struct Process<C: Carrier> {
     key: Option<HostKey>,
     /// Hellos with its MAC, or that of an earlier one: each has another number.
     keyed: u64,
+    /// Where streams go that `aditd` has accepted of the guest; none: the guest's come by another way.
+    offers: Option<Offers>,
     listener: OwnedFd,
     /// A reserve descriptor. It is closed to accept `aditd`'s next connection when tunnels use all others.
     spare: Option<OwnedFd>,
@@ -177,6 +180,7 @@ impl<C: Carrier> Process<C> {
             rates: rates::Rates::default(),
             key: None,
             keyed: 0,
+            offers: None,
             listener: control,
             spare: Some(stop.try_clone()?),
             stop,
@@ -193,6 +197,13 @@ impl<C: Carrier> Process<C> {
             last_epoch,
             done: false,
         })
+    }
+
+    /// Takes streams that `aditd` has accepted of the guest.
+    #[must_use]
+    pub fn with_offers(mut self, offers: Offers) -> Self {
+        self.offers = Some(offers);
+        self
     }
 
     /// Runs until it is told to quit.
@@ -439,6 +450,24 @@ impl<C: Carrier> Process<C> {
             }
             Message::Key(key) => {
                 self.key = key.key.map(HostKey::new);
+                Ok(())
+            }
+            Message::Accepted(accepted) => {
+                let offers = self.offers.as_ref();
+                let offers =
+                    offers.ok_or("it accepted a stream of a guest that does not come to it")?;
+                let ports = &self.options.serve_ports;
+                // Without a descriptor left for it the guest sees its end, and tries again.
+                if let (Some(fd), true) = (fd, ports.contains(&accepted.port)) {
+                    offers.put(accepted.port, accepted.guest_port, fd);
+                }
+                Ok(())
+            }
+            Message::BegunAnew(anew) => {
+                let offers = self.offers.as_ref();
+                let offers =
+                    offers.ok_or("it names a stream of a guest that does not come to it")?;
+                offers.begun_anew(anew.port, anew.guest_port);
                 Ok(())
             }
             Message::ListTunnels(ask) => {

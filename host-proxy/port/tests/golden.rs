@@ -270,6 +270,24 @@ fn messages() -> Vec<(Message, u8, u8, Vec<u8>)> {
             needed,
             [&[1][..], &[7; 32]].concat(),
         ),
+        (
+            Message::Accepted(Accepted {
+                port: 741,
+                guest_port: 742,
+            }),
+            33,
+            needed,
+            vec![0xe5, 5, 0xe6, 5],
+        ),
+        (
+            Message::BegunAnew(BegunAnew {
+                port: 741,
+                guest_port: 742,
+            }),
+            34,
+            needed,
+            vec![0xe5, 5, 0xe6, 5],
+        ),
         (Message::Kept(Kept { seq: 7 }), 5, needed, vec![7]),
         (Message::Release(Release {}), 6, needed, vec![]),
         (

@@ -379,6 +379,8 @@ fn a_directory_that_comes_and_goes_with_its_vmm_is_found_again() {
     let dir = above.path().join("vms/web-1");
     let mut running = started(&dir.join("v.sock"));
     let aditd = running.connect();
+    // The doorkeeper is confined to what was there before: of these directories, the one above all of them.
+    aditd.wait_status(|s| s.last_fault.contains("cannot look at"));
     for _ in 0..2 {
         fs::create_dir_all(&dir).unwrap();
         let vmm = UnixListener::bind(dir.join("v.sock")).unwrap();

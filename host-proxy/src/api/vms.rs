@@ -286,8 +286,8 @@ pub(super) async fn reload(Shared(state): Shared<App>, Path(name): Path<String>)
             .help("`adit vm show` says why, if it does not come"));
     };
     let pid = process.pid();
-    // Where the VMM has a socket for each stream there is nothing to go on with: the streams end.
-    let is_foreign = vm.channel.hybrid().is_some();
+    // Where the VMM or the host's kernel has a socket for each stream there is nothing to go on with: the streams end.
+    let is_foreign = vm.channel.is_foreign();
     if status.session && !is_foreign && !vm.channel.keeper.has_frontend() {
         let message = format!(
             "port process {pid} of `{name}` has handed nothing over that a new one could go on with"

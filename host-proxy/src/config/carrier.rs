@@ -6,6 +6,8 @@ use adit_api::{CarrierName, NewCarrier};
 use adit_channel::socket_path;
 use serde::{Deserialize, Serialize};
 
+use super::{CID_MAX, CID_MIN};
+
 /// What a VM has between its port process and its guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -14,6 +16,8 @@ pub enum CarrierConfig {
     Named(Named),
     /// A socket for each stream.
     Hybrid(Hybrid),
+    /// AF_VSOCK of the host's kernel.
+    Kernel(Kernel),
 }
 
 /// Carriers without parameters.
@@ -45,12 +49,40 @@ impl From<NewCarrier> for CarrierConfig {
             NewCarrier::Named(CarrierName::Auto) => Self::Named(Named::Auto),
             NewCarrier::Named(CarrierName::VhostUser) => Self::Named(Named::VhostUser),
             NewCarrier::Named(CarrierName::Ring) => Self::Named(Named::Ring),
+            NewCarrier::Kernel(new) => Self::of_kernel(new.vsock.cid),
             NewCarrier::Hybrid(new) => Self::Hybrid(Hybrid {
                 hybrid: new.hybrid.into(),
                 half_closes: new.half_closes,
             }),
         }
     }
+}
+
+/// A VM whose streams the host's kernel carries: `vhost-vsock-pci`, as QEMU and libvirt have it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// Which.
+    pub vsock: KernelVsock,
+}
+
+/// What the kernel knows of the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelVsock {
+    /// The CID that the VMM has given it.
+    pub cid: u32,
+}
+
+/// What carries a VM's streams, as its port process has to know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way<'a> {
+    /// A device, by vhost-user or in the VMM itself.
+    Device,
+    /// A socket of the VMM's for each stream.
+    Hybrid(&'a Hybrid),
+    /// The host's kernel, to this CID.
+    Kernel(u32),
 }
 
 impl Default for CarrierConfig {
@@ -62,9 +94,32 @@ impl Default for CarrierConfig {
 impl CarrierConfig {
     /// The sockets of a VMM that has one for each stream.
     pub fn hybrid(&self) -> Option<&Hybrid> {
+        match self.way() {
+            Way::Hybrid(hybrid) => Some(hybrid),
+            Way::Device | Way::Kernel(_) => None,
+        }
+    }
+
+    /// The CID of a VM whose streams the host's kernel carries.
+    pub fn kernel(&self) -> Option<u32> {
+        match self.way() {
+            Way::Kernel(cid) => Some(cid),
+            Way::Device | Way::Hybrid(_) => None,
+        }
+    }
+
+    /// One whose streams the host's kernel carries.
+    pub fn of_kernel(cid: u32) -> Self {
+        let vsock = KernelVsock { cid };
+        Self::Kernel(Kernel { vsock })
+    }
+
+    /// What carries the streams.
+    pub fn way(&self) -> Way<'_> {
         match self {
-            Self::Named(_) => None,
-            Self::Hybrid(hybrid) => Some(hybrid),
+            Self::Named(_) => Way::Device,
+            Self::Hybrid(hybrid) => Way::Hybrid(hybrid),
+            Self::Kernel(kernel) => Way::Kernel(kernel.vsock.cid),
         }
     }
 
@@ -75,6 +130,7 @@ impl CarrierConfig {
             Self::Named(Named::VhostUser) => "vhost-user",
             Self::Named(Named::Ring) => "ring",
             Self::Hybrid(_) => "hybrid",
+            Self::Kernel(_) => "vhost-vsock",
         }
     }
 
@@ -91,7 +147,22 @@ impl CarrierConfig {
     /// # Errors
     /// Why it cannot be used.
     pub(super) fn check(&self) -> Result<(), String> {
-        self.hybrid().map_or(Ok(()), |h| check_path(&h.hybrid))
+        match self.way() {
+            Way::Device => Ok(()),
+            Way::Hybrid(hybrid) => check_path(&hybrid.hybrid),
+            Way::Kernel(cid) => check_cid(cid.into()),
+        }
+    }
+}
+
+/// Checks a guest's CID.
+///
+/// # Errors
+/// The kernel gives it to no guest.
+pub(super) fn check_cid(cid: u64) -> Result<(), String> {
+    match (CID_MIN..=CID_MAX).contains(&cid) {
+        true => Ok(()),
+        false => Err(format!("a CID is {CID_MIN} to {CID_MAX}, not {cid}")),
     }
 }
 

@@ -8,7 +8,7 @@ use adit_tasks::card::Labels;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::carrier::check_path;
+use super::carrier::{check_cid, check_path};
 use super::keys::{Key, Kind, MANY, keys};
 use super::{ALLOW_MAX, Config, Files};
 
@@ -155,7 +155,9 @@ impl<'a> Document<'a> {
             }
         }
         let required = keys().filter(|k| k.section() == section && k.is_required());
-        for key in required.filter(|k| !table.contains_key(k.name())) {
+        let is_said =
+            |k: &&Key| table.contains_key(k.name()) || k.path == "vm.cid" && has_cid(table);
+        for key in required.filter(|k| !is_said(k)) {
             let (place, limit) = (place(section), key.limit());
             let message = format!("it is missing {place}; it takes {limit}");
             to.push(self.problem(line, key.name(), message));
@@ -227,6 +229,17 @@ impl<'a> Document<'a> {
                             has_path = true;
                         }
                         ("half_closes", DeValue::Boolean(_)) => {}
+                        ("vsock", DeValue::Table(vsock)) if table.len() == 1 => {
+                            let cid = vsock.get("cid").filter(|_| vsock.len() == 1);
+                            let cid = cid.and_then(|cid| number(cid.get_ref()));
+                            let Some(cid) = cid else {
+                                return wrong(self.is_not(value, key));
+                            };
+                            if let Err(why) = check_cid(cid) {
+                                return wrong(format!("{}: {why}", self.is_not(value, key)));
+                            }
+                            has_path = true;
+                        }
                         _ => return wrong(self.is_not(value, key)),
                     }
                 }
@@ -247,6 +260,12 @@ impl<'a> Document<'a> {
     }
 }
 
+/// Whether the section of a VM has a CID in its carrier.
+fn has_cid(vm: &DeTable<'_>) -> bool {
+    let carrier = vm.get("carrier").and_then(|c| c.get_ref().as_table());
+    carrier.is_some_and(|carrier| carrier.contains_key("vsock"))
+}
+
 fn shown(text: &str) -> impl std::fmt::Display {
     adit_names::escape(text).at_most(SHOWN_MAX)
 }
@@ -258,6 +277,10 @@ pub(super) struct Documents<'a>(Vec<Document<'a>>);
 impl<'a> Documents<'a> {
     /// Adds a file, and what it says to the whole.
     pub(super) fn add(&mut self, document: Document<'a>, mut part: Config, whole: &mut Config) {
+        for vm in part.vm.iter_mut().filter(|vm| vm.cid == 0) {
+            // The file does not say it, or it says no CID, which was found.
+            vm.cid = vm.carrier.kernel().map_or(0, u64::from);
+        }
         for (nth, grant) in part.grant.iter_mut().enumerate() {
             let line = document.line_of("grant", nth, "");
             grant.place = format!("{}:{line}", document.path.display());
@@ -496,7 +519,7 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
         }
     }
     let mut names = std::collections::BTreeMap::<&VmId, usize>::new();
-    let mut cids = std::collections::BTreeMap::<u64, &VmId>::new();
+    let mut cids = std::collections::BTreeMap::<u64, (usize, &str)>::new();
     for (nth, vm) in config.vm.iter().enumerate() {
         if let Err((key, why)) = config.check_paths(&vm.name) {
             let at = documents.nth("vm", nth, "name", why);
@@ -510,12 +533,22 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
             let message = format!("another VM has the name `{}`: {first}", vm.name);
             problems.extend(documents.nth("vm", nth, "name", message));
         }
-        if let Some(other) = cids.insert(vm.cid, &vm.name) {
+        // The key that says it.
+        let key = match vm.carrier.kernel() {
+            Some(_) => "carrier",
+            None => "cid",
+        };
+        if let Some((first, key_of_first)) = cids.insert(vm.cid, (nth, key)) {
+            let other = &config.vm[first].name;
+            let at = documents.place("vm", first, key_of_first);
             let message = format!(
-                "{} of `{}` is the CID of `{other}` already",
+                "{} of `{}` is the CID of `{other}` already: {at}",
                 vm.cid, vm.name
             );
-            problems.extend(documents.nth("vm", nth, "cid", message));
+            problems.extend(documents.nth("vm", nth, key, message));
+        }
+        if let Err(("cid", why)) = vm.check() {
+            problems.extend(documents.nth("vm", nth, "cid", why));
         }
     }
     problems

@@ -71,6 +71,16 @@ fn mistakes_name_file_line_and_key() {
             8,
             "carrier",
         ),
+        (
+            format!("{VM}[[vm]]\nname = \"b\"\ncarrier = {{ vsock = {{ cid = 3 }} }}\n"),
+            6,
+            "carrier",
+        ),
+        (
+            format!("{VM}carrier = {{ vsock = {{ cid = 4 }} }}\n"),
+            3,
+            "cid",
+        ),
         ("[[vm]]\nname = \"A\"\ncid = 3\n".to_owned(), 2, "name"),
         ("[[vm]]\nname = \"a\"\ncid = 2\n".to_owned(), 3, "cid"),
         ("[[vm]]\nname = \"a\"\n".to_owned(), 1, "cid"),
@@ -93,6 +103,26 @@ fn mistakes_name_file_line_and_key() {
             "{said}"
         );
     }
+}
+
+#[test]
+fn a_vm_of_the_hosts_kernel_has_the_cid_of_its_carrier_and_a_clash_names_both_places() {
+    let of = |text: &str| {
+        let text = format!("[[vm]]\nname = \"a\"\n{text}");
+        parse(&text).unwrap().vm.remove(0)
+    };
+    for cid in ["", "cid = 42\n"] {
+        let vm = of(&format!("{cid}carrier = {{ vsock = {{ cid = 42 }} }}\n"));
+        assert_eq!((vm.cid, vm.carrier.kernel()), (42, Some(42)));
+        // As the database has it.
+        let kept = serde_json::to_string(&vm).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&kept).unwrap(), vm);
+    }
+    let carrier = "carrier = { vsock = { cid = 42 } }";
+    let text = format!("[[vm]]\nname = \"a\"\n{carrier}\n[[vm]]\nname = \"b\"\n{carrier}\n");
+    let said = parse(&text).unwrap_err().to_string();
+    let is_clear = said.starts_with("a.toml:6: `carrier`: ") && said.ends_with("already: line 3");
+    assert!(is_clear, "{said}");
 }
 
 #[test]
@@ -289,6 +319,7 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                     "{ hybrid = \"/a/v.sock\" }".into(),
                     "{ hybrid = \"/a/v.sock\", half_closes = true }".into(),
                     format!("{{ hybrid = \"/{}\" }}", "x".repeat(95)),
+                    "{ vsock = { cid = 3 } }".into(),
                 ],
                 vec![
                     "\"hybrid\"".into(),
@@ -300,7 +331,12 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
                     "{ hybrid = \"/a\", half_closes = 1 }".into(),
                     "{ hybrid = \"/a\", vsock = 3 }".into(),
                     "{ half_closes = true }".into(),
-                    "{ vsock = { cid = 3 } }".into(),
+                    "{ vsock = { cid = 2 } }".into(),
+                    "{ vsock = { cid = 4294967295 } }".into(),
+                    "{ vsock = { cid = \"3\" } }".into(),
+                    "{ vsock = { cid = 3, port = 741 } }".into(),
+                    "{ vsock = {} }".into(),
+                    "{ vsock = { cid = 3 }, half_closes = true }".into(),
                     format!("{{ hybrid = \"/{}\" }}", "x".repeat(96)),
                 ],
             ),

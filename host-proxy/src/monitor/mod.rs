@@ -331,6 +331,24 @@ impl Monitor {
         }
     }
 
+    /// Returns the listener that guests reach through the host's kernel.
+    ///
+    /// # Errors
+    /// There is no monitor, or there can be no such listener, and why.
+    pub async fn guests(&self) -> Result<OwnedFd, AskError> {
+        let client = match self {
+            Self::Here(privileged) => return Ok(privileged.guests()?),
+            Self::There(client) => client,
+        };
+        match client.ask(&Message::Guests(wire::Guests {}), &[]).await? {
+            (Message::HasGuests(_), mut fds) => {
+                let socket = fds.pop().and_then(Passed::trust);
+                socket.ok_or(AskError::Other)
+            }
+            _ => Err(AskError::Other),
+        }
+    }
+
     /// Has the configuration read again, as SIGHUP does.
     ///
     /// # Errors

@@ -31,6 +31,7 @@ use super::wire::{LastWords, NotReached, Start, StartHybrid};
 use crate::arguments;
 use crate::cgroup::Cgroups;
 use crate::config::{CarrierConfig, Config, Hybrid, VMS_MAX, VmConfig, vm_dir};
+use crate::guests::{self, NoListener};
 use crate::spawn::{self, Spawner};
 use crate::uids::Uids;
 use crate::vm_dir::{self, LeftError};
@@ -67,6 +68,9 @@ pub enum NotDone {
     /// The directory stays.
     #[error(transparent)]
     Left(#[from] LeftError),
+    /// Guests cannot reach this host through its kernel.
+    #[error(transparent)]
+    Guests(#[from] NoListener),
 }
 
 /// A connection to a port process.
@@ -100,6 +104,9 @@ pub struct Privileged {
     pub outward: Outward,
     /// Directories with VMMs' sockets.
     pub discover: Discover,
+    /// The listener that guests reach through the host's kernel, once a worker has asked for it. Whoever dials while there is no worker
+    /// waits in it.
+    guests: Mutex<Option<OwnedFd>>,
 }
 
 /// One VM.
@@ -145,6 +152,7 @@ impl Privileged {
             vms: Mutex::default(),
             outward: Outward::default(),
             discover: Discover::default(),
+            guests: Mutex::default(),
         })
     }
 
@@ -173,6 +181,19 @@ impl Privileged {
         let [send, receive] = pair.ends();
         let ends = [send.try_clone_to_owned()?, receive.try_clone_to_owned()?];
         Ok(Some(ends))
+    }
+
+    /// Returns the listener that guests reach through the host's kernel.
+    ///
+    /// # Errors
+    /// It cannot be made, and what to do.
+    pub fn guests(&self) -> Result<OwnedFd, NotDone> {
+        let mut guests = lock(&self.guests);
+        let listener = match guests.take() {
+            Some(listener) => listener,
+            None => guests::listen()?,
+        };
+        Ok(guests.insert(listener).try_clone()?)
     }
 
     /// Keeps a pair that a worker has which this monitor did not start.
@@ -358,6 +379,7 @@ impl Privileged {
                     .into_iter()
                     .chain(half_closes)
             }))
+            .args(start.kernel.then_some("--vsock"))
             .args(own.map(|own| format!("--uid={own}")))
             // Nothing of what aditd was told, by systemd or by a person, is its business.
             .env_clear()
@@ -552,6 +574,11 @@ impl Start {
                 hybrid,
                 half_closes,
             });
+        }
+        if self.kernel {
+            // One that is too high is found below.
+            let cid = u32::try_from(self.cid).unwrap_or(u32::MAX);
+            config.carrier = CarrierConfig::of_kernel(cid);
         }
         let checked = config.check();
         checked.map_err(|(key, why)| NotDone::Setting { key, why })

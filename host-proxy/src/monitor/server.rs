@@ -13,8 +13,8 @@ use super::packets::Packets;
 use super::people;
 use super::privileged::{NotDone, Privileged};
 use super::wire::{
-    self, Done, HasEnded, HasPeer, HasSlot, Is, Kind, Message, NotReached, Reached, Refused,
-    Serving, WireError,
+    self, Done, HasEnded, HasGuests, HasPeer, HasSlot, Is, Kind, Message, NotReached, Reached,
+    Refused, Serving, WireError,
 };
 use crate::config::VMS_MAX;
 
@@ -160,6 +160,7 @@ fn doing(
             | Message::WhoIs(_)
             | Message::Peer(_)
             | Message::Discover(_)
+            | Message::Guests(_)
     );
     if !is_request {
         return Err(Fault::Kind(message.kind()));
@@ -178,6 +179,10 @@ fn doing(
             },
             Message::Discover(ask) => match privileged.discover.next(ask.key, ask.seen).await {
                 Ok(found) => return (Message::HasFound(found), vec![]),
+                Err(e) => Err(e),
+            },
+            Message::Guests(_) => match privileged.guests() {
+                Ok(socket) => return (Message::HasGuests(HasGuests {}), vec![socket.into()]),
                 Err(e) => Err(e),
             },
             Message::Reach(ask) => return reach(privileged, ask, fds.pop()).await,

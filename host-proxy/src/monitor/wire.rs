@@ -1,8 +1,8 @@
 //! What the worker and the monitor say to each other: packets of a `SOCK_SEQPACKET` socket, one frame each, with descriptors.
 //!
 //! ```text
-//! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers, WhoIs, Peer, Discover (each with an id) ──► monitor
-//!        ◄── HasSlot, Reached, NotReached, HasEnded, Is, HasPeer, HasFound, Done, Refused (with the id of what they answer) ──
+//! worker ── Slot, Reach, Ended, End, Shorten, Gone, Leave, RemoveDir, ForgetOthers, WhoIs, Peer, Discover, Guests (each with an id) ──► monitor
+//!        ◄── HasSlot, Reached, NotReached, HasEnded, Is, HasPeer, HasFound, HasGuests, Done, Refused (with the id of what they answer) ──
 //!        ── Serving, Status, StopAll, Reread; to the monitor that found it: Listeners, SlotOf (id 0, no answer) ──►
 //!        ◄── Welcome or Hello first; then Config, Stop (id 0) ──
 //! ```
@@ -52,6 +52,8 @@ pub struct Start {
     pub allow_any_memory: bool,
     /// The sockets of a VMM that has one for each stream.
     pub hybrid: Option<StartHybrid>,
+    /// The host's kernel carries the streams.
+    pub kernel: bool,
 }
 
 /// As [`Hybrid`](crate::config::Hybrid).
@@ -175,6 +177,14 @@ impl HasFound {
         of(self) == of(other)
     }
 }
+
+/// Asks for the listener that guests reach through the host's kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guests {}
+
+/// Answers [`Guests`]: the listener is in the descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HasGuests {}
 
 /// The worker serves, or goes on to do so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -331,6 +341,8 @@ adit_channel::message_table! {
     Peer = 17, 0..=0, NONE;
     /// To the monitor.
     Discover = 18, 0..=0, NONE;
+    /// To the monitor.
+    Guests = 19, 0..=0, NONE;
     /// To the worker.
     Welcome = 32, 6..=4 + LISTENERS_MAX, NONE;
     /// To the worker.
@@ -357,6 +369,8 @@ adit_channel::message_table! {
     HasPeer = 43, 1..=1, NONE;
     /// To the worker.
     HasFound = 44, 0..=0, NONE;
+    /// To the worker.
+    HasGuests = 45, 1..=1, NONE;
 }
 
 /// Why a packet cannot be sent, or is none of these. The sender's fault, except `Io`.
@@ -499,6 +513,7 @@ mod tests {
             ivshmem_mib: 4,
             allow_any_memory: true,
             hybrid: None,
+            kernel: true,
         };
         let words = LastWords {
             status: 256,
@@ -540,6 +555,8 @@ mod tests {
                 vms: vec![("a".repeat(63).parse().unwrap(), true); FOUND_MAX + WITHOUT_MAX],
                 refused: vec!["x".repeat(200); REFUSED_MAX + 1],
             }),
+            Message::Guests(Guests {}),
+            Message::HasGuests(HasGuests {}),
             Message::WhoIs(WhoIs::Uid(1000)),
             Message::WhoIs(WhoIs::Name(text.clone())),
             Message::Is(Is {

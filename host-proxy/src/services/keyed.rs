@@ -6,6 +6,8 @@
 //! aditd: hello {ping} ──► the guest's port 741, which only a privileged process listens on ──► accept {boot nonce M}
 //!        N = M: the stream is the agent's, and gets a key; else it is anybody's
 //! ```
+//! Where the host's kernel carries the streams the first of these is not needed, because the guest's port is known.
+//!
 //! The nonce is random for each start of the agent, and the agent says it to the host only.
 
 use std::time::Duration;

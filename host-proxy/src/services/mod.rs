@@ -6,7 +6,9 @@
 //! ```
 //! Where the VMM has a socket for each stream, the guest's port is not told, and others can dial the guest too. Then a stream is the
 //! agent's if its hello has the boot nonce that the listener on the guest's port 741 says, which is privileged (`keyed`); and the agent
-//! is given a key, by which it knows our dials.
+//! is given a key, by which it knows our dials. Where the host's kernel carries the streams the port is told, and is worth as much as on our
+//! own device: the guest's kernel says it, and gives a port below 1024 to nobody without CAP_NET_BIND_SERVICE; but others can dial the
+//! guest there, so its agent is given a key, too.
 //!
 //! The VM is the one whose port process the stream came from; nothing that a hello says changes that. A service is a file in this
 //! folder and a line of `SERVICES`. It gets the whole hello, so that arguments need no other way.
@@ -75,6 +77,8 @@ pub struct Call {
     pub vm: Arc<VmEntry>,
     /// What it said.
     pub open: Open,
+    /// What its port process says of the stream.
+    pub incoming: Incoming,
 }
 
 /// Who in the guest has dialled, as its port tells.
@@ -108,6 +112,7 @@ impl Class {
 pub fn accept(state: &Arc<State>, vm: &Arc<VmEntry>, incoming: Incoming, fd: Passed) {
     let slots = match vm.channel.hybrid() {
         Some(_) => &vm.agent.unknown_streams,
+        // The host's kernel has it from the guest's, as our own device has.
         None => Class::of(incoming.peer_port).slots(vm),
     };
     let Ok(slot) = slots.clone().try_acquire_owned() else {
@@ -145,10 +150,10 @@ async fn serve(
         epoch: vm.channel.epoch(),
         boot_nonce: state.boot_nonce,
     };
-    let is_keyed = vm.channel.hybrid().is_some();
-    let class = match is_keyed {
-        true => keyed::class(vm, &open).await,
-        false => Class::of(incoming.peer_port),
+    let is_keyed = vm.channel.is_foreign();
+    let class = match vm.channel.hybrid() {
+        Some(_) => keyed::class(vm, &open).await,
+        None => Class::of(incoming.peer_port),
     };
     let service = match choose(&SERVICES, &open, class) {
         Ok(service) => service,
@@ -173,7 +178,7 @@ async fn serve(
     let (state, removed) = (state.clone(), vm.removed.clone());
     let vm = vm.clone();
     tokio::select! {
-        result = service.run(Call { state, vm, open }, stream) => result,
+        result = service.run(Call { state, vm, open, incoming: incoming.clone() }, stream) => result,
         () = removed.cancelled() => Ok(()),
     }
 }

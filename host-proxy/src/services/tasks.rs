@@ -6,6 +6,7 @@ use std::sync::Arc;
 use adit_channel::hello::Open;
 use adit_channel::refusal::{Code, Refusal};
 use adit_names::ServiceName;
+use adit_port::control::Incoming;
 use adit_tasks::wire;
 use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
@@ -47,7 +48,7 @@ impl Service for Tasks {
 
     fn run(&self, call: Call, stream: Socket) -> BoxFuture<'static, io::Result<()>> {
         Box::pin(async move {
-            let connected = Connected::new(&call.vm);
+            let connected = Connected::new(&call.vm, &call.incoming);
             let features = call.open.common.features;
             tokio::select! {
                 result = agent::converse(&call.state, &call.vm, features, stream) => result,
@@ -65,8 +66,17 @@ struct Connected {
 
 impl Connected {
     /// Begins one; an older one ends.
-    fn new(vm: &Arc<VmEntry>) -> Self {
-        let token = vm.agent.connected();
+    fn new(vm: &Arc<VmEntry>, incoming: &Incoming) -> Self {
+        let (token, has_older) = vm.agent.connected();
+        // An agent has one connection, and its kernel ends that with the agent. If it has not, the guest was reset or restored, of which the
+        // host's kernel tells nobody: what it has of the guest before would wait for ever, or reach the wrong one (R128).
+        if has_older
+            && vm.channel.kernel().is_some()
+            && let Some(link) = vm.channel.link()
+        {
+            tracing::info!(vm = %vm.name, "the guest has begun anew: its older streams end");
+            link.begun_anew(incoming.port, incoming.peer_port);
+        }
         Self {
             vm: vm.clone(),
             token,

@@ -119,8 +119,8 @@ impl Agent {
         all.into_iter().map(taken).sum()
     }
 
-    /// A connection begins: the older one is told to end.
-    pub fn connected(&self) -> CancellationToken {
+    /// A connection begins: the older one is told to end. Returns also whether there was one that had not ended.
+    pub fn connected(&self) -> (CancellationToken, bool) {
         let token = CancellationToken::new();
         let mut said = self.lock();
         (said.is_fresh, said.has_facts) = (false, false);
@@ -128,10 +128,11 @@ impl Agent {
         said.said_program = None;
         let older = said.connected.replace(token.clone());
         drop(said);
+        let has_older = older.as_ref().is_some_and(|older| !older.is_cancelled());
         if let Some(older) = older {
             older.cancel();
         }
-        token
+        (token, has_older)
     }
 
     /// Whether it knows chunks.

@@ -6,7 +6,7 @@ use adit_names::VmId;
 use adit_port::control::{Ring, Status};
 
 use super::Changes;
-use crate::config::{Hybrid, VmConfig};
+use crate::config::{Hybrid, VmConfig, Way};
 use crate::fault::{Fault, FaultKind, Logged};
 use crate::keeper::Keeper;
 use crate::link::Link;
@@ -35,6 +35,8 @@ struct State {
     stuck: Option<String>,
     /// Its supervisor has ended.
     unsupervised: bool,
+    /// Why what the guest dials does not arrive.
+    deaf: Option<String>,
 }
 
 /// Who serves a VM.
@@ -119,10 +121,37 @@ impl Channel {
 
     /// The sockets of its VMM, if it has one for each stream, as its port process was started.
     pub fn hybrid(&self) -> Option<Hybrid> {
+        self.way(|way| match way {
+            Way::Hybrid(hybrid) => Some(hybrid.clone()),
+            Way::Device | Way::Kernel(_) => None,
+        })
+    }
+
+    /// The CID of a VM whose streams the host's kernel carries, as its port process was started.
+    pub fn kernel(&self) -> Option<u32> {
+        self.way(|way| match way {
+            Way::Kernel(cid) => Some(cid),
+            Way::Device | Way::Hybrid(_) => None,
+        })
+    }
+
+    /// Whether the guest's virtqueues are its VMM's or the host's kernel's: nothing of the streams can be handed over to another port
+    /// process, and others can dial the guest, too.
+    pub fn is_foreign(&self) -> bool {
+        self.way(|way| way != Way::Device)
+    }
+
+    /// What carries its streams, as its port process was started.
+    fn way<T>(&self, look: impl FnOnce(Way<'_>) -> T) -> T {
         let state = self.lock();
         let is_held = state.serving.as_ref().is_some_and(|s| s.held);
-        let spec = state.started_with.as_ref().filter(|_| !is_held)?;
-        spec.carrier.hybrid().cloned()
+        let spec = state.started_with.as_ref().filter(|_| !is_held);
+        look(spec.map_or(Way::Device, |spec| spec.carrier.way()))
+    }
+
+    /// Notes why what the guest dials does not arrive; none: it does.
+    pub fn set_deaf(&self, why: Option<String>) {
+        self.change(|state| state.deaf = why);
     }
 
     /// Its supervisor has ended.
@@ -192,7 +221,7 @@ impl Channel {
         let differs = [
             ("busy_poll_us", old.busy_poll_us != new.busy_poll_us),
             ("ivshmem_mib", old.ivshmem_mib != new.ivshmem_mib),
-            ("carrier", old.carrier.hybrid() != new.carrier.hybrid()),
+            ("carrier", old.carrier.way() != new.carrier.way()),
             (
                 "allow_any_memory",
                 old.allow_any_memory != new.allow_any_memory,
@@ -213,6 +242,7 @@ impl Channel {
                 FaultKind::Transport,
                 transport.filter(|text| !text.is_empty()),
             ),
+            (FaultKind::Transport, state.deaf.clone()),
         ];
         let all = all.into_iter();
         all.filter_map(|(kind, text)| Some(Fault::new(kind, &text?)))

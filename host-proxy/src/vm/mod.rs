@@ -221,11 +221,15 @@ mod tests {
     #[test]
     fn a_newer_agent_connection_ends_the_older() {
         let e = entry();
-        let first = e.agent.connected();
-        let second = e.agent.connected();
+        let (first, over_first) = e.agent.connected();
+        let (second, over_second) = e.agent.connected();
         assert!(first.is_cancelled() && !second.is_cancelled());
+        // Only the second came while there was another.
+        assert_eq!((over_first, over_second), (false, true));
         e.agent.gone(&first);
         assert!(!second.is_cancelled());
+        e.agent.gone(&second);
+        assert!(!e.agent.connected().1);
     }
 
     #[test]

@@ -45,6 +45,11 @@ const HYBRID: Way = Way {
     forbids: &[],
     costs: "each byte is copied once more, and open streams end when its VMM saves or restores it",
 };
+const KERNEL: Way = Way {
+    word: "vhost-vsock",
+    forbids: &[],
+    costs: "each byte is copied once more; its VMM can migrate and save it, which ends open streams",
+};
 
 impl VmEntry {
     /// How far its channel is.
@@ -154,6 +159,18 @@ impl VmEntry {
             Some(_) => self.channel.hybrid(),
             None => spec.carrier.hybrid().cloned(),
         };
+        if let Some(cid) = self.channel.kernel() {
+            return Carrier {
+                why: format!(
+                    "{says}; every user of this host can dial the VM, so its agent serves only who has aditd's key"
+                ),
+                kernel_cid: Some(cid),
+                way: Some(KERNEL.word.into()),
+                way_why: Some(asked),
+                costs: Some(KERNEL.costs.into()),
+                ..Carrier::default()
+            };
+        }
         let (way, shown) = match (hybrid, self.channel.held_by()) {
             (Some(hybrid), _) => {
                 let shown = Carrier {

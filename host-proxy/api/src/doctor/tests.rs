@@ -189,3 +189,22 @@ fn who_reaches_a_vm_is_said_and_that_nobody_does() {
     assert_eq!(nobody.health, Health::Ok);
     assert!(nobody.says.starts_with("nobody"), "{}", nobody.says);
 }
+
+#[test]
+fn a_vm_of_the_hosts_kernel_that_is_not_there_says_how_it_is_started() {
+    let found = with(|vm| {
+        (vm.state, vm.vmm) = (VmState::Waiting, Some(false));
+        vm.carrier.kernel_cid = Some(42);
+        vm.faults = faults("transport");
+    });
+    assert_eq!(names(&found, Health::Failed), ["VMM"]);
+    let vmm = found.iter().find(|f| f.check == "VMM").unwrap();
+    assert_eq!(vmm.says, "x");
+    assert!(vmm.remedy.contains("guest-cid=42") && vmm.remedy.contains("modprobe vhost_vsock"));
+    // It is there, and what the guest dials is not heard.
+    let found = with(|vm| {
+        vm.carrier.kernel_cid = Some(42);
+        vm.faults = faults("transport");
+    });
+    assert_eq!(names(&found, Health::Failed), ["device"]);
+}

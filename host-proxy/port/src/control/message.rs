@@ -9,10 +9,10 @@ use std::io;
 use adit_channel::frame::{self, FrameError, HEADER_LEN, Header, IGNORABLE};
 
 use super::{
-    Ask, Attach, Cancel, Connect, ConnectAs, ConnectLimited, ConnectNoted, Dial, DialFailed,
-    Dialed, EndTunnels, Ends, EndsTaken, Features, HANDOVER_FDS_MAX, Handover, HandoverV1, Held,
-    Incoming, Kept, Key, ListTunnels, PACKET_MAX, Quit, Release, Ring, SetLimits, Status, Stuck,
-    Tunnels,
+    Accepted, Ask, Attach, BegunAnew, Cancel, Connect, ConnectAs, ConnectLimited, ConnectNoted,
+    Dial, DialFailed, Dialed, EndTunnels, Ends, EndsTaken, Features, HANDOVER_FDS_MAX, Handover,
+    HandoverV1, Held, Incoming, Kept, Key, ListTunnels, PACKET_MAX, Quit, Release, Ring, SetLimits,
+    Status, Stuck, Tunnels,
 };
 
 /// Version of every control kind.
@@ -60,6 +60,10 @@ adit_channel::message_table! {
     SetLimits = 15, 0..=0, NEEDED;
     /// To the port process, if it has [`FEATURE_KEY`](super::FEATURE_KEY).
     Key = 32, 0..=0, NEEDED;
+    /// To the port process, with one descriptor, if it has [`FEATURE_ACCEPTED`](super::FEATURE_ACCEPTED).
+    Accepted = 33, 1..=1, NEEDED;
+    /// To the port process, if it has [`FEATURE_ACCEPTED`](super::FEATURE_ACCEPTED).
+    BegunAnew = 34, 0..=0, NEEDED;
     /// To `aditd`.
     Status = 16, 0..=0, NEEDED;
     /// To `aditd`.

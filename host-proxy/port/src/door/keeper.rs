@@ -14,8 +14,8 @@
 //! of the directory is no reason to give up: the socket counts as there again after a while, [`AGAIN_MAX`] times at most.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
-use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -28,14 +28,13 @@ use clap::Parser;
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    ControlMessage, MsgFlags, UnixAddr, getsockopt, recv, send, sendmsg, sockopt::PeerCredentials,
-};
+use nix::sys::socket::{MsgFlags, getsockopt, send, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
 use super::confine::{Confined, confine};
-use super::{DIALED, FAILED, OFFERED, STATE_BAD, STATE_GOOD, TEXT_MAX, dial_of, is_pause};
+use super::wire::{Asked, Wire};
+use super::{DIALED, FAILED, OFFERED, is_pause, kernel};
 
 /// First argument of a process that is a doorkeeper.
 pub const COMMAND: &str = "door";
@@ -58,8 +57,11 @@ const CHANGES: WatchFlags = WatchFlags::CREATE
 #[command(name = "adit-port door")]
 pub struct Args {
     /// The VMM's socket.
-    #[arg(long)]
-    socket: PathBuf,
+    #[arg(long, required_unless_present = "cid")]
+    socket: Option<PathBuf>,
+    /// CID of a VM whose streams the host's kernel carries.
+    #[arg(long, conflicts_with = "socket")]
+    cid: Option<u32>,
     /// Host port that the guest may dial; repeat for more.
     #[arg(long = "serve-port", value_name = "PORT")]
     serve_ports: Vec<u32>,
@@ -96,11 +98,10 @@ struct Keeper {
     path: PathBuf,
     dir: PathBuf,
     served: Vec<Served>,
-    control: OwnedFd,
+    wire: Wire,
     inotify: OwnedFd,
     /// The directory that is watched.
     watch: Option<i32>,
-    said: Option<Result<(), String>>,
     /// The last dial was refused.
     refused: bool,
     /// How often it was looked at again, and when that is next.
@@ -115,29 +116,41 @@ struct Keeper {
 /// # Errors
 /// The kernel refuses to wait, or the path has no directory.
 pub fn run(args: Args, control: OwnedFd) -> io::Result<()> {
+    let served = match (args.cid, args.socket) {
+        (Some(cid), _) => kernel::run(cid, control),
+        (None, Some(socket)) => serve(socket, &args.serve_ports, control),
+        (None, None) => Err(io::Error::other("neither a socket nor a CID")),
+    };
+    match served {
+        // The port process has ended while something was said.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        served => served,
+    }
+}
+
+fn serve(path: PathBuf, serve_ports: &[u32], control: OwnedFd) -> io::Result<()> {
     // What is made here is the VMM's and nobody else's, from the first moment on.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
-    let dir = args.socket.parent().map(Path::to_owned);
+    let dir = path.parent().map(Path::to_owned);
     let dir = dir.ok_or_else(|| io::Error::other("the VMM's socket has no directory"))?;
     let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     let confined = confine(&dir)?;
-    let served = args.serve_ports.iter().map(|&port| {
-        let mut path = args.socket.clone().into_os_string();
-        path.push(format!("_{port}"));
+    let served = serve_ports.iter().map(|&port| {
+        let mut at = path.clone().into_os_string();
+        at.push(format!("_{port}"));
         Served {
             port,
-            path: path.into(),
+            path: at.into(),
             listener: None,
         }
     });
     let mut keeper = Keeper {
         served: served.collect(),
-        path: args.socket,
+        path,
         dir,
-        control,
+        wire: Wire::new(control),
         inotify,
         watch: None,
-        said: None,
         refused: false,
         looked: 0,
         again_at: None,
@@ -158,7 +171,7 @@ impl Keeper {
             u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)
         });
         let mut fds = vec![
-            PollFd::new(self.control.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.wire.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
         ];
         let listeners = self.served.iter().map(|s| s.listener.as_ref());
@@ -224,7 +237,7 @@ impl Keeper {
                 false => Ok(()),
             }
         });
-        self.say_state(found)
+        self.wire.say_state(found)
     }
 
     /// Watches the directory, or the closest one above it that there is.
@@ -336,26 +349,20 @@ impl Keeper {
     /// Serves the dials that wait. Returns false when the port process has ended.
     fn dials(&mut self) -> io::Result<bool> {
         loop {
-            let mut bytes = [0; 8];
-            let flags = MsgFlags::MSG_DONTWAIT;
-            match recv(self.control.as_raw_fd(), &mut bytes, flags) {
-                Ok(8) => {}
-                Ok(_) => return Ok(false),
-                Err(Errno::EAGAIN) => return Ok(true),
-                Err(Errno::EINTR) => continue,
-                Err(Errno::ECONNRESET) => return Ok(false),
-                Err(e) => return Err(e.into()),
-            }
-            let (ticket, port) = dial_of(bytes);
+            let (ticket, port) = match self.wire.next()? {
+                Asked::Dial(ticket, port) => (ticket, port),
+                Asked::Nothing => return Ok(true),
+                Asked::Over => return Ok(false),
+            };
             let socket = match self.dial(port) {
                 Ok(socket) => socket,
                 Err(why) => {
                     tracing::debug!(why, port, "dial failed");
-                    self.say(FAILED, ticket, None)?;
+                    self.wire.say(FAILED, ticket, None)?;
                     continue;
                 }
             };
-            self.say(DIALED, ticket, Some(socket.as_fd()))?;
+            self.wire.say(DIALED, ticket, Some(socket.as_fd()))?;
         }
     }
 
@@ -417,51 +424,7 @@ impl Keeper {
             }
             let port = served.port;
             if socket.set_nonblocking(true).is_ok() {
-                self.say(OFFERED, port, Some(socket.as_fd()))?;
-            }
-        }
-    }
-
-    // ---- the port process
-
-    fn say_state(&mut self, state: Result<(), String>) -> io::Result<()> {
-        if self.said.as_ref() == Some(&state) {
-            return Ok(());
-        }
-        let mut bytes = vec![match &state {
-            Ok(()) => STATE_GOOD,
-            Err(_) => STATE_BAD,
-        }];
-        match &state {
-            Ok(()) => tracing::info!("the VMM's socket is there"),
-            Err(why) => tracing::info!(why, "the VMM's socket is not used"),
-        }
-        if let Err(why) = &state {
-            let text: String = why.chars().take(TEXT_MAX / 4).collect();
-            bytes.extend(text.as_bytes());
-        }
-        self.said = Some(state);
-        self.send(&bytes, None)
-    }
-
-    fn say(&self, kind: u8, number: u32, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let mut bytes = [kind; 5];
-        bytes[1..].copy_from_slice(&number.to_le_bytes());
-        self.send(&bytes, fd)
-    }
-
-    /// Waits for room: then the port process has enough to do.
-    fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let fds = fd.map(|fd| [fd.as_raw_fd()]);
-        let rights = fds.as_ref().map(|fds| [ControlMessage::ScmRights(fds)]);
-        let rights = rights.as_ref().map_or(&[][..], |r| &r[..]);
-        loop {
-            let iov = [IoSlice::new(bytes)];
-            let to = self.control.as_raw_fd();
-            match sendmsg::<UnixAddr>(to, &iov, rights, MsgFlags::MSG_NOSIGNAL, None) {
-                Ok(_) => return Ok(()),
-                Err(Errno::EINTR) => {}
-                Err(e) => return Err(e.into()),
+                self.wire.say(OFFERED, port, Some(socket.as_fd()))?;
             }
         }
     }

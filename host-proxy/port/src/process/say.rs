@@ -4,8 +4,8 @@ use adit_channel::carrier::Carrier;
 
 use super::Process;
 use crate::control::{
-    FEATURE_CONNECT, FEATURE_ENDS, FEATURE_KEY, FEATURE_LIMITS, FEATURE_TUNNELS, Features, Held,
-    Status, Stuck,
+    FEATURE_ACCEPTED, FEATURE_CONNECT, FEATURE_ENDS, FEATURE_KEY, FEATURE_LIMITS, FEATURE_TUNNELS,
+    Features, Held, Status, Stuck,
 };
 use crate::control_io::Message;
 
@@ -59,8 +59,10 @@ impl<C: Carrier> Process<C> {
             let first = self.said.replace(status.clone()).is_none();
             if first {
                 // Ahead of the status, after which aditd dials.
-                let bits =
+                let of_all =
                     FEATURE_CONNECT | FEATURE_TUNNELS | FEATURE_ENDS | FEATURE_LIMITS | FEATURE_KEY;
+                let accepted = self.offers.as_ref().map_or(0, |_| FEATURE_ACCEPTED);
+                let bits = of_all | accepted;
                 self.say(Message::Features(Features { bits }), vec![]);
             }
             self.say(Message::Status(status), vec![]);

@@ -444,7 +444,7 @@ pub(super) const KEYS: &[Key] = &[
     },
     Key {
         path: "vm.cid",
-        meaning: "The VM's vsock context id. No other VM of the host may have it.",
+        meaning: "The VM's vsock context id. No other VM of the host may have it. Not needed where `carrier` says it.",
         default: REQUIRED,
         example: "3",
         kind: Kind::Number {
@@ -518,7 +518,8 @@ pub(super) const KEYS: &[Key] = &[
         meaning: "How the guest is reached. \"auto\" and \"vhost-user\": the VMM connects to the VM's vhost.sock, and may offer a ring. \
                   \"ring\": the same, and it is a fault that there is no ring. { hybrid = PATH }: the vsock socket of a Firecracker or Cloud Hypervisor; what the guest dials arrives at \
                   PATH_741, which aditd makes. With half_closes = true the VMM is one that passes half-closes on, which \
-                  Firecracker does not.",
+                  Firecracker does not. { vsock = { cid = N } }: the host's kernel (vhost_vsock), as QEMU's vhost-vsock-pci and \
+                  libvirt have it; such a VM can be migrated and saved.",
         default: "\"auto\"",
         example: "{ hybrid = \"/run/fc/web-1/v.sock\" }",
         kind: Kind::Carrier,

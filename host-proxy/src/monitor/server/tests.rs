@@ -72,6 +72,7 @@ fn start(ivshmem_mib: u32) -> Start {
         ivshmem_mib,
         allow_any_memory: false,
         hybrid: None,
+        kernel: false,
     }
 }
 
