@@ -21,8 +21,8 @@ const MODULES: [&str; 5] = [
     "vmw_vsock_virtio_transport",
     "qemu_fw_cfg",
 ];
-/// Modules that a guest loads to run guests of its own, on a processor with SVM.
-const KVM: [&str; 1] = ["kvm_amd"];
+/// Modules that a guest loads to run guests of its own, on a processor with SVM, and for their vsock.
+const KVM: [&str; 2] = ["kvm_amd", "vhost_vsock"];
 /// File systems and their helpers, if the kernel has them as modules.
 const FILE_SYSTEM: [&str; 2] = ["crc32c_generic", "ext4"];
 /// Modules that are only stored, for scripts that load them.

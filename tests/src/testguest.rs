@@ -10,6 +10,8 @@
 //! - `rtt PROXY TO LEN TIMES`: round trips of LEN bytes to an echo behind aditd's proxy; prints the median, in us
 //! - `uds-echo PATH`, `uds-dial PATH PORT LEN`, `uds-hello PATH SERVICE`: the host's side of a VMM with Unix sockets: echoes
 //!   what the guest sends; sends LEN bytes to the guest's PORT and checks the echo; the same with SERVICE of the guest's agent
+//! - `vsock-stranger CID SERVICE`: dials the agent of the guest with this CID as any user of its host can, without the host's key; prints
+//!   STRANGER-REFUSED and the code, or STRANGER-SERVED
 //! - `kexec KERNEL INITRD`: starts them as if after a reset
 //! - `vsock-sink PORT`: reads as many bytes as the first eight say, and answers with one byte
 //! - `bench NAME CID ECHO SINK [FIGURE]`: measures against such ports (`guest/bench.rs`)
@@ -60,6 +62,7 @@ fn main() -> anyhow::Result<()> {
         ["uds-echo", path] => uds_echo(path),
         ["uds-dial", path, port, len] => uds_dial(path, port.parse()?, len.parse()?),
         ["uds-hello", path, service] => uds_hello(path, service),
+        ["vsock-stranger", cid, service] => vsock_stranger(cid.parse()?, service),
         ["kexec", kernel, initrd] => kexec(kernel, initrd),
         ["ring-echo"] => ring::echo(None),
         ["ring-echo", port] => ring::echo(Some(port.parse()?)),
@@ -78,7 +81,7 @@ fn main() -> anyhow::Result<()> {
         }
         _ => {
             anyhow::bail!(
-                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | ring-poison PORT | ring-attack BOOT | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
+                "usage: adit-testguest http PORT NAME | tcp-echo PORT | vsock-echo PORT | dial-echo PORT FIRST | dial-few PORT | hold PORT | rtt PROXY TO LEN TIMES | uds-echo PATH | uds-dial PATH PORT LEN | uds-hello PATH SERVICE | vsock-stranger CID SERVICE | kexec KERNEL INITRD | ring-echo [PORT] | ring-poison PORT | ring-attack BOOT | dial-host N | vsock-sink PORT | bench NAME CID ECHO SINK [FIGURE]"
             )
         }
     }
@@ -312,6 +315,22 @@ fn uds_hello(path: &str, service: &str) -> anyhow::Result<()> {
         other => anyhow::bail!("{other:?}"),
     }
     uds_check(stream, 100_000)
+}
+
+fn vsock_stranger(cid: u32, service: &str) -> anyhow::Result<()> {
+    let mut stream = VsockStream::connect_with_cid_port(cid, hello::PORT)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let open = Open::new(service.parse()?, Common::default());
+    stream.write_all(&Hello::Open(open).encode())?;
+    match hello::read(&mut stream)? {
+        Hello::Refuse(refuse) => println!(
+            "STRANGER-REFUSED {} nonce {:?}",
+            refuse.refusal.code(),
+            refuse.common.boot_nonce
+        ),
+        other => println!("STRANGER-SERVED {other:?}"),
+    }
+    Ok(())
 }
 
 /// kexec_file_load(2), with this kernel's own command line.

@@ -247,6 +247,22 @@ fn a_debian_of_each_kernel_does_the_main_job_and_again_after_a_restore() {
     report(&l1);
 }
 
+#[test]
+fn a_stock_qemu_is_served_through_the_hosts_kernel() {
+    let Some(bins) = bins() else { return };
+    let mut l1 = Nested::stock(&bins, &fresh("stock")).unwrap();
+    l1.wait_said("NESTED-DONE stock", LIMIT).unwrap();
+    report(&l1);
+}
+
+#[test]
+fn aditd_serves_a_vmm_that_has_a_socket_for_each_stream_and_outlives_it() {
+    let Some(bins) = bins() else { return };
+    let mut l1 = Nested::hybrid(&bins, &fresh("hybrid")).unwrap();
+    l1.wait_said("NESTED-DONE hybrid", LIMIT).unwrap();
+    report(&l1);
+}
+
 /// Without an L1. On such a machine the guest may use the processor's own counter as its clock.
 #[test]
 fn a_stock_kernel_boots_on_plain_kvm() {

@@ -2,6 +2,8 @@
 //! boots Debian (L2). So the complete VMM can be tested on any machine.
 
 mod emulator;
+mod hybrid;
+mod stock;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -22,7 +24,7 @@ const MEMORY_MIB: u32 = 1536;
 /// L1 runs this first.
 const PREPARE: &str = r#"
 mount -t tmpfs tmpfs /tmp
-for m in $(cat /lib/adit/kvm); do insmod /lib/adit/$m.ko; done
+for m in $(cat /lib/adit/kvm); do [ -d /sys/module/$m ] || insmod /lib/adit/$m.ko; done
 [ -c /dev/kvm ] || echo "NESTED-FAIL no /dev/kvm in L1"
 "#;
 
