@@ -17,7 +17,7 @@
 //! | 16 | 8 | features offered, or the chosen subset | |
 //! | 24 | 8 | epoch: the host's; a guest repeats the last one it saw, 0 = none | |
 //! | 32 | 16 | boot nonce of the sender | |
-//! | 48 | 2 | number of a refusal | [`refusal`](crate::refusal) says what it means |
+//! | 48 | 2 | number of a refusal | [`refusal`](mod@crate::refusal) says what it means |
 //! | 50 | 1 | service name length, at most 64 | |
 //! | 51 | 1 | lane | |
 //! | 52 | 4 | deadline, ms, 0 = none | |

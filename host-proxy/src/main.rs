@@ -17,6 +17,11 @@ use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 
+/// A tunnel that is opened takes and gives back some hundred pieces of memory. The allocators of glibc and of musl, with which the packages are
+/// linked, give pages back to the kernel and take them again for that.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const EXAMPLE: &str = "\
 A configuration (`aditd example-config` prints one with every key):
   [proxy]

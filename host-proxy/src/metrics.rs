@@ -156,6 +156,9 @@ struct Reason {
     reason: &'static str,
 }
 
+/// Why streams of guests are refused.
+const REFUSED: [&str; 4] = ["unknown", "carrier", "port-process", "rate"];
+
 /// The values of all metrics.
 pub struct Metrics {
     registry: Mutex<Prometheus>,
@@ -179,6 +182,10 @@ impl Metrics {
         };
         metrics.register(REQUESTS, &metrics.requests);
         metrics.register(TASKS, &metrics.tasks);
+        // From the beginning on: the first stream that is refused is then an increase.
+        for reason in REFUSED {
+            drop(metrics.guests.get_or_create(&Reason { reason }));
+        }
         metrics.register(GUESTS, &metrics.guests);
         metrics.register(CONFIG, &metrics.config);
         let listeners = metrics.listeners.clone();
@@ -337,7 +344,6 @@ mod tests {
         listener.answers();
         metrics.request(true, 200);
         metrics.task_ended("done");
-        metrics.guest_refused("unknown");
         let vm = vms.get(&"web-1".parse().unwrap()).unwrap();
         vm.dials.begin(&Target::VsockPort(1)).ended(None);
         vm.agent.clock(5000, 0);

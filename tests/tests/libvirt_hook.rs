@@ -105,7 +105,7 @@ fn a_domain_that_starts_is_a_vm_until_it_is_released() {
     for operation in ["prepare", "start"] {
         hook(["web-1", operation, "begin", "-"], &web_1);
     }
-    assert_eq!(world.vms(), [always.clone()]);
+    assert_eq!(world.vms(), std::slice::from_ref(&always));
     assert_eq!(hook(["web-1", "started", "begin", "-"], &web_1), "");
     assert_eq!(world.vms(), [("web-1".to_owned(), 7), always.clone()]);
     let out = world
@@ -127,7 +127,7 @@ fn a_domain_that_starts_is_a_vm_until_it_is_released() {
     for operation in ["stopped", "release"] {
         hook(["web-1", operation, "end", "-"], &web_1);
     }
-    assert_eq!(world.vms(), [always.clone()]);
+    assert_eq!(world.vms(), std::slice::from_ref(&always));
     // One without a device, one whose name is none, one whose name another VM has: that one stays.
     hook(["web-2", "started", "begin", "-"], &domain("web-2", ""));
     let said = hook(

@@ -22,14 +22,20 @@ const PAGE: &str = "docs/with-your-vmm.md";
 const SOON: Duration = Duration::from_secs(30);
 
 /// A VMM at this path of the machine, with an agent that has said who it is.
-fn vmm(tour: &Tour, inside: &str, kind: Kind) -> (Vmm, UnixStream) {
+fn vmm(tour: &mut Tour, inside: &str, kind: Kind) -> (Vmm, UnixStream) {
     let path = tour.machine.path(inside);
     let dir = path.parent().unwrap();
     fs::create_dir_all(dir).unwrap();
     fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).unwrap();
     let vmm = Vmm::start(&path, kind, &[]).unwrap();
     let stream = wait_for("the agent's stream", SOON, || Ok(vmm.agent_stream().ok()));
-    let mut stream = stream.unwrap_or_else(|e| panic!("{e:#}\n{}", tour.log()));
+    let mut stream = stream.unwrap_or_else(|e| {
+        let (_, said) = tour
+            .machine
+            .run("adit vm ls; adit doctor; tail -n 30 /run/adit/vm/*/port.log")
+            .unwrap_or_default();
+        panic!("{e:#}\n{said}\n{}", tour.log())
+    });
     let name = dir.file_name().unwrap().to_str().unwrap();
     let facts = Facts {
         agent_version: "0.1.0".into(),
@@ -75,9 +81,9 @@ fn with_your_vmm_does_what_it_says() {
         "<!-- here a scripted endpoint plays Cloud Hypervisor",
     );
     tour.follow(&page, 1..fc);
-    let _fc = vmm(&tour, "/run/fc/web-1/v.sock", Kind::Closes);
+    let _fc = vmm(&mut tour, "/run/fc/web-1/v.sock", Kind::Closes);
     tour.follow(&page, fc..ch);
-    let _ch = vmm(&tour, "/run/ch/web-2/v.sock", Kind::Keeps);
+    let _ch = vmm(&mut tour, "/run/ch/web-2/v.sock", Kind::Keeps);
     tour.follow(&page, ch..usize::MAX);
 }
 

@@ -133,6 +133,8 @@ const CHECKS: [Step; 12] = [
                 "ways_hosts",
                 "grants",
                 "hybrid",
+                "libvirt_hook",
+                "with_vmm",
             ]
             .into_iter()
             .try_for_each(with_binaries)
@@ -200,7 +202,7 @@ const GUESTS: [Step; 8] = [
     },
     Step {
         name: "a VMM's guests, in a guest",
-        budget_s: 100,
+        budget_s: 200,
         run: || with_binaries("nested"),
     },
     Step {

@@ -21,6 +21,8 @@ const CALLS: &[(&str, &[&str])] = &[
     ("vm-add", &["vm", "add", "web-1", "--cid", "3"]),
     ("vm-set", &["vm", "set", "web-1", "--allow", "80"]),
     ("vm-reload", &["vm", "reload", "web-1"]),
+    ("vm-lock", &["vm", "lock", "web-1"]),
+    ("vm-unlock", &["vm", "unlock", "web-1"]),
     ("vm-rm", &["vm", "rm", "web-1"]),
     ("wait", &["wait", "web-1"]),
     ("task-ls", &["task", "ls"]),

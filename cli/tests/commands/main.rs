@@ -197,7 +197,7 @@ fn a_wrong_command_line_is_status_2_and_names_no_option_that_nobody_gave() {
     std::fs::write(dir.path().join("g.yaml"), "steps: []").unwrap();
     for args in [
         &["vm", "show"][..],
-        &["vm", "add", "x"],
+        &["vm", "add", "x", "--half-closes"],
         &["goal", "apply", "g.yaml", "--sign", "k"],
         &["wait", "web-1", "--timeout", "soon"],
     ] {

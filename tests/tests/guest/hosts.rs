@@ -167,7 +167,7 @@ fn guests_of_three_hosts_are_reached_by_one_and_do_what_a_manager_orders_at_any(
         assert!(out.status.success(), "{}", shown(&out));
         shown(&out)
     };
-    for host in 0..HOSTS.len() {
+    for (host, its) in hosts.iter().enumerate() {
         let done = |list: &str| {
             HOSTS
                 .iter()
@@ -177,7 +177,7 @@ fn guests_of_three_hosts_are_reached_by_one_and_do_what_a_manager_orders_at_any(
             let list = all(host);
             Ok(done(&list).then_some(()))
         })
-        .unwrap_or_else(|e| panic!("{e:#}: {}\n{}", all(host), hosts[host].log()));
+        .unwrap_or_else(|e| panic!("{e:#}: {}\n{}", all(host), its.log()));
         let out = manage(host, &["goal", "show", &id]);
         let said = shown(&out);
         assert!(HOSTS.iter().all(|(_, vm)| said.contains(vm)), "{said}");

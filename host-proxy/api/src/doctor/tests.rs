@@ -114,7 +114,7 @@ fn what_comes_after_a_failure_is_unknown_and_not_called_well() {
         (vm.agent, vm.kernel, vm.clock_ahead_ms) = (None, None, None);
     });
     assert_eq!(names(&found, Health::Failed), ["port process"]);
-    assert_eq!(names(&found, Health::Ok), ["services", "last dial"]);
+    assert_eq!(names(&found, Health::Ok), ["lock", "services", "last dial"]);
     // What was said before stays a failure, though nobody is there to say it again.
     let mut away = well();
     away.state = VmState::Waiting;

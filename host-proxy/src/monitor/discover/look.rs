@@ -26,7 +26,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::geteuid;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2};
+use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, Stat, fstat, openat};
 use tokio::sync::watch;
 
 use super::HasFound;
@@ -169,10 +169,11 @@ impl Watcher {
         watched: &mut BTreeMap<PathBuf, i32>,
         look: &mut Look,
     ) -> Result<(), String> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS);
-        let dir = dir.map_err(|e| match e {
-            rustix::io::Errno::LOOP => "a link leads there: write where it leads to".to_owned(),
+        let dir = open_dir(path).map_err(|e| match e {
+            // The second is what is said of a link that must be a directory.
+            rustix::io::Errno::LOOP | rustix::io::Errno::NOTDIR => {
+                "a link leads there: write where it leads to".to_owned()
+            }
             e => format!("cannot be opened: {e}"),
         })?;
         let found = fstat(&dir).map_err(|e| e.to_string())?;
@@ -330,6 +331,21 @@ impl Look {
             self.left_out += 1;
         }
     }
+}
+
+/// Opens a directory, to which no link leads at any part of its path. Not by `openat2`: `RestrictSUIDSGID=` of a unit forbids that.
+fn open_dir(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let to = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut at = openat(CWD, "/", OFlags::PATH | to, Mode::empty())?;
+    let mut parts = path.components().skip(1).peekable();
+    while let Some(part) = parts.next() {
+        let how = match parts.peek() {
+            Some(_) => OFlags::PATH,
+            None => OFlags::RDONLY,
+        };
+        at = openat(&at, part.as_os_str(), how | to, Mode::empty())?;
+    }
+    Ok(at)
 }
 
 /// Checks the directories above one of this owner.
