@@ -22,7 +22,7 @@ pub struct Host {
     aditd: Option<Reaped>,
     systemd: Option<Systemd>,
     bins: PathBuf,
-    /// What comes before its command line: it runs on another machine of a network.
+    /// What comes before its command line: it runs on another machine of a network, or with less rights.
     on: Vec<String>,
     /// The directory of its sockets, as seen from outside of its namespace.
     run: PathBuf,
@@ -62,7 +62,7 @@ impl Host {
     /// # Errors
     /// As [`Host::start`].
     pub fn start_configured(bins: &Path, config: &str) -> anyhow::Result<Self> {
-        Self::start_there(bins, None, |run, state| configured(run, state, config))
+        Self::start_there(bins, vec![], |run, state| configured(run, state, config))
     }
 
     /// The same on a machine of a network.
@@ -70,18 +70,30 @@ impl Host {
     /// # Errors
     /// As [`Host::start`].
     pub fn start_at(bins: &Path, machine: &Machine, config: &str) -> anyhow::Result<Self> {
-        Self::start_there(bins, Some(machine), |run, state| {
+        Self::start_there(bins, machine.words().into(), |run, state| {
             configured(run, state, config)
         })
     }
 
+    /// As [`start_with`](Self::start_with), for a test whose VMs are anything: the vsock of this machine's own kernel is not its, and has
+    /// no port for this aditd.
+    ///
+    /// # Errors
+    /// As [`Host::start`].
+    pub fn start_without_vsock(bins: &Path, vms: &[&str], more: &str) -> anyhow::Result<Self> {
+        let on = ["setpriv", "--bounding-set", "-net_bind_service", "--"];
+        Self::start_there(bins, on.map(Into::into).into(), |run, state| {
+            config(run, state, vms, more)
+        })
+    }
+
     fn start_on(bins: &Path, config: impl Fn(&Path, &Path) -> String) -> anyhow::Result<Self> {
-        Self::start_there(bins, None, config)
+        Self::start_there(bins, vec![], config)
     }
 
     fn start_there(
         bins: &Path,
-        machine: Option<&Machine>,
+        on: Vec<String>,
         config: impl Fn(&Path, &Path) -> String,
     ) -> anyhow::Result<Self> {
         let dir = directory()?;
@@ -91,7 +103,7 @@ impl Host {
             aditd: None,
             systemd: None,
             bins: bins.to_owned(),
-            on: machine.map(Machine::words).into_iter().flatten().collect(),
+            on,
             run,
             dir,
             proxy: SocketAddr::from(([127, 0, 0, 1], 0)),

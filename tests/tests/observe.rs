@@ -197,7 +197,7 @@ fn the_api_does_what_its_document_says() {
          [[token]]\nname = \"tester\"\nsha256 = \"{digest}\"\n\
          [[grant]]\nto = [\"token:tester\"]\nvms = [\"*\"]\nmay = [\"see\", \"task\", \"goal\", \"manage\"]\n"
     );
-    let host = Host::start_with(&bins, &["web-1"], &more).unwrap();
+    let host = Host::start_without_vsock(&bins, &["web-1"], &more).unwrap();
     host.wait_port("web-1").unwrap();
     let config = adit_tests::root().join("tests/tests/schemathesis.toml");
     let config = fs::read_to_string(config).unwrap();

@@ -466,9 +466,11 @@ async fn readyz(Shared(state): Shared<App>) -> Response {
         .into_response()
 }
 
+/// Reads a body, which is an object: serde would take an array of the values, too.
 fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|e| {
-        let message = adit_tasks::plain(&e.to_string());
-        ApiError::new(StatusCode::BAD_REQUEST, "bad-json", message)
-    })
+    let bad = |message: &str| ApiError::new(StatusCode::BAD_REQUEST, "bad-json", message);
+    if !body.trim_ascii_start().starts_with(b"{") {
+        return Err(bad("the body is no object of JSON"));
+    }
+    serde_json::from_slice(body).map_err(|e| bad(&adit_tasks::plain(&e.to_string())))
 }
