@@ -140,7 +140,10 @@ mod tests {
             "web_1",
             "web-1.alpha.beta",
             "web-1..adit",
+            "web-1.adit.adit",
             "web-1.adit.adit.adit",
+            // Without the suffix it would be `web-1`, of whichever host, to whoever reads it next.
+            "vsock-5000.web-1.adit.adit",
             "vsock-5.a.b.c",
             "a.b.c.d.svc",
             "a_b.web-1.svc",

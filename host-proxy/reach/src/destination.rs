@@ -133,6 +133,13 @@ impl Destination {
     /// It names nothing that there could be.
     pub fn named(suffix: &Suffix, host: &str, port: Option<u16>) -> Result<Self, DestinationError> {
         let name = suffix.taken_from(host);
+        if name.ends_with(&suffix.0) {
+            // What is left is read as another name by whoever takes the suffix from it again.
+            return Err(bad_name(
+                host,
+                format_args!("it ends with `{suffix}` twice"),
+            ));
+        }
         let (vm, target) = match name.split_once('.') {
             Some((first, rest)) if first.starts_with(VSOCK) => {
                 let number = &first[VSOCK.len()..];

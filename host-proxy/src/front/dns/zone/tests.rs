@@ -190,8 +190,7 @@ fn r62_a_name_means_what_it_means_to_every_other_client_and_nothing_is_folded_in
         // What has names below it is there, or a cache that knows RFC 8020 would not ask for those.
         ("svc.adit", Some("Empty")),
         ("web-1.svc.adit", Some("above web-1")),
-        // It is no VM of a host that nobody can be called.
-        ("web-1.adit.adit", Some("web-1.adit")),
+        ("web-1.adit.adit", None),
         ("a.b.c.adit", None),
         ("_http._tcp.adit", None),
         ("*.adit", None),
