@@ -16,7 +16,13 @@ const PROXY: u16 = 7443;
 const MANAGEMENT: u16 = 7444;
 
 /// What every host has, with its own certificate, and the others as it knows them.
-fn config(nth: usize, machines: &[Machine], pairs: &[Pair], ca: &str, sha256: &str) -> String {
+fn config(
+    nth: usize,
+    machines: &[Machine],
+    pairs: &[Pair],
+    ca: &str,
+    [laptop, manager]: [&str; 2],
+) -> String {
     let (host, vm) = HOSTS[nth];
     let files = format!(
         "cert = \"{}\"\nkey = \"{}\"\n",
@@ -37,9 +43,10 @@ fn config(nth: usize, machines: &[Machine], pairs: &[Pair], ca: &str, sha256: &s
     });
     format!(
         "[proxy]\nlisten = \"127.0.0.1:7080\"\n[names]\nhost = \"{host}\"\n[peers]\n{files}{}{}{}\
-         [[token]]\nname = \"laptop\"\nsha256 = \"{sha256}\"\n\
+         [[token]]\nname = \"laptop\"\nsha256 = \"{laptop}\"\n\
+         [[token]]\nname = \"manager\"\nsha256 = \"{manager}\"\n\
          [[grant]]\nto = [\"token:laptop\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n\
-         [[grant]]\nto = [\"cert:ops.example\"]\nvms = [\"*\"]\nmay = [\"see\", \"task\", \"goal\"]\n\
+         [[grant]]\nto = [\"token:manager\"]\nvms = [\"*\"]\nmay = [\"see\", \"task\", \"goal\"]\n\
          [[vm]]\nname = \"{vm}\"\ncid = 3\nallow = [80, 7]\n",
         listen(PROXY, ""),
         listen(MANAGEMENT, "role = \"management\""),
@@ -89,25 +96,27 @@ fn guests_of_three_hosts_are_reached_by_one_and_do_what_a_manager_orders_at_any(
         .zip(&machines)
         .map(|((name, _), machine)| keys.signs(&[name, &machine.address.to_string()]))
         .collect();
-    let (secret, sha256) = token::new().unwrap();
+    let (secret, laptops) = token::new().unwrap();
+    // A token goes along to the host that has the VM, which knows it too; what a certificate proves does not.
+    let (own, managers) = token::new().unwrap();
     let mut hosts: Vec<Host> = machines
         .iter()
         .enumerate()
         .map(|(nth, machine)| {
-            let config = config(nth, &machines, &pairs, &keys.ca(), &sha256);
+            let config = config(nth, &machines, &pairs, &keys.ca(), [&laptops, &managers]);
             Host::start_at(&bins, machine, &config).unwrap()
         })
         .collect();
 
     // The manager, with its key, on a machine that has no VM.
     let desk = tempfile::tempdir().unwrap();
-    let ops = keys.signs(&["ops.example"]);
+    fs::write(desk.path().join("token"), own).unwrap();
     let adit = bins.join("adit").display().to_string();
     let manage = |host: usize, args: &[&str]| {
         let server = format!("https://{}:{MANAGEMENT}", machines[host].address);
         let mut command = manager.command(&adit);
         command.current_dir(desk.path()).args(["--server", &server]);
-        command.args(["--ca", &keys.ca(), "--cert", &ops.cert, "--key", &ops.key]);
+        command.args(["--ca", &keys.ca(), "--token-file", "token"]);
         command.args(args).output().unwrap()
     };
     let made = manage(0, &["key", "new", "fleet.key"]);

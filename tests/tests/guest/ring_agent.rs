@@ -89,7 +89,8 @@ fn job(kernel: Kernel, iommu: bool, doorbell: &str) {
 /// The lines of `adit vm show` about carriers, without numbers and directories of the machine.
 fn plain(shown: &str) -> Vec<String> {
     let told = ["carrier", "ring", "latency"];
-    let lines = shown.lines().filter(|l| told.iter().any(|t| l.contains(t)));
+    let is_told = |line: &&str| line.split([' ', ':']).any(|word| told.contains(&word));
+    let lines = shown.lines().filter(is_told);
     let word = |word: &str| match word {
         path if path.starts_with('/') => path.rsplit('/').next().unwrap_or_default().to_owned(),
         number if number.parse::<u64>().is_ok() => "N".to_owned(),
