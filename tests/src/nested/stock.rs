@@ -17,7 +17,7 @@ const FIRMWARE: [&str; 3] = ["bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin"]
 
 impl Nested {
     /// Boots L1 to show the main job with a VMM that nobody has changed: QEMU with `-device vhost-vsock-pci`, and
-    /// `carrier = { vsock = { cid = 42 } }`. aditd and the port process are killed, a user of L1 dials the guest, the VM is saved, loaded, reset
+    /// `carrier = { vsock = { cid = 42 } }`. aditd and the port process are killed, a user of L1 dials the guest, the VM is saved, loaded
     /// and started again. Lines for people begin with `SHOW`.
     ///
     /// # Errors

@@ -139,12 +139,6 @@ echo "SHOW saved ($(now) s)"
 hmp "loadvm one"
 again "after loadvm"; held_ends "after loadvm"
 goal loaded
-# A reset: the same.
-holds
-ready=$(grep -c ADIT-READY $LOG)
-hmp "system_reset"
-n=1800; until [ $(grep -c ADIT-READY $LOG) -gt $ready ]; do n=$((n - 1)); [ $n -gt 0 ] || { fail "it does not boot again"; break; }; sleep 0.1; done
-again "after a reset"; held_ends "after a reset"
 # Another VM with the same CID.
 holds
 kill -9 $VMM; wait $VMM
