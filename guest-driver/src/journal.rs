@@ -30,7 +30,7 @@ use adit_tasks::window::Window;
 use adit_tasks::wire::{Outcome, Report, TaskId};
 use redb::{
     Builder, Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
-    WriteTransaction,
+    TableHandle, WriteTransaction,
 };
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +83,9 @@ pub enum JournalError {
     /// The file is no journal or is damaged.
     #[error("journal-corrupt: {0}")]
     Corrupt(String),
+    /// A newer agent wrote it: what ran is in a table that this one does not know.
+    #[error("journal-newer: its table `{0}` is of a newer agent")]
+    Newer(String),
     /// Anything else: a read-only file system, another agent, an I/O error.
     #[error("journal-unavailable: {0}")]
     Unavailable(String),
@@ -96,6 +99,9 @@ impl JournalError {
             Self::NoSpace(_) => format!("make room on the disk of {dir}, then tasks run again"),
             Self::Corrupt(_) => format!(
                 "restore {dir}/{FILE}, or move it away and restart the agent: what has run may run again while its goal is valid"
+            ),
+            Self::Newer(_) => format!(
+                "install that agent again, or move {dir}/{FILE} away and restart this one: what has run may run again while its goal is valid"
             ),
             Self::Unavailable(_) => {
                 format!("make {dir} writable for this agent alone, then tasks run again")
@@ -205,11 +211,31 @@ fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
     }
 }
 
+/// Every table. An agent that writes one in another way gives it the next number, so that those before it do not take the journal for
+/// an empty one. They ignore a table with a name of its own.
+const TABLES: [&str; 5] = ["tasks-v1", "order-v1", "floors-v1", "windows-v1", "mark-v1"];
+
+/// Whether a table is one of [`TABLES`] with a higher number.
+fn is_newer(table: &str) -> bool {
+    let parts = |table: &str| {
+        let (name, number) = table.rsplit_once("-v")?;
+        Some((name.to_owned(), number.parse::<u32>().ok()?))
+    };
+    let known = TABLES.iter().filter_map(|known| parts(known));
+    parts(table).is_some_and(|(name, number)| {
+        { known }.any(|(known, latest)| known == name && latest < number)
+    })
+}
+
 fn open(path: &Path) -> Result<Database> {
     let mut builder = Builder::new();
     let db = builder.set_cache_size(CACHE_BYTES).create(path);
     let db = db.map_err(any)?;
     let tx = db.begin_write().map_err(any)?;
+    let newer = { tx.list_tables().map_err(any)? }.find(|table| is_newer(table.name()));
+    if let Some(table) = newer {
+        return Err(JournalError::Newer(table.name().to_owned()));
+    }
     tx.open_table(TASKS).map_err(any)?;
     tx.open_table(ORDER).map_err(any)?;
     tx.open_table(FLOORS).map_err(any)?;

@@ -161,7 +161,7 @@ fn reload(live: &Live, server: &Server) {
 fn listen_hint(e: &std::io::Error) -> &'static str {
     match e.raw_os_error() {
         Some(libc::EAFNOSUPPORT | libc::ENODEV) => {
-            "this kernel has no vsock; load vmw_vsock_virtio_transport"
+            "this kernel has no vsock: `modprobe vmw_vsock_virtio_transport`, and install the module where there is none"
         }
         Some(libc::EADDRINUSE) => "another agent or program listens there",
         Some(libc::EACCES | libc::EPERM) => "a port below 1024 needs root or CAP_NET_BIND_SERVICE",

@@ -249,6 +249,51 @@ fn r100_a_file_that_is_no_journal_is_named_as_corrupt() {
 }
 
 #[test]
+fn r102_a_journal_of_a_newer_agent_is_named_so_and_not_taken_for_an_empty_one() {
+    let has_table = |name: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Journal::open(dir.path()).unwrap());
+        let db = Database::open(dir.path().join(FILE)).unwrap();
+        let tx = db.begin_write().unwrap();
+        tx.open_table(TableDefinition::<u64, u64>::new(name))
+            .unwrap();
+        tx.commit().unwrap();
+        drop(db);
+        (check(dir.path()), Journal::open(dir.path()), dir)
+    };
+    for table in TABLES {
+        let newer = table.replace("-v1", "-v2");
+        let (checked, opened, dir) = has_table(&newer);
+        assert!(matches!(checked, Err(JournalError::Newer(_))), "{newer}");
+        let e = opened.err().expect("it is newer");
+        assert!(e.to_string().starts_with("journal-newer: ") && e.to_string().contains(&newer));
+        let remedy = e.remedy(dir.path());
+        assert!(remedy.contains("install that agent again"), "{remedy}");
+    }
+    // What an agent only adds does not keep those before it from going on.
+    let (checked, opened, _dir) = has_table("sessions-v3");
+    assert!(checked.is_ok() && opened.is_ok());
+}
+
+#[test]
+fn every_table_is_in_the_list_of_what_may_be_newer() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path()).unwrap();
+    let mut names = Vec::new();
+    journal
+        .with(|db| {
+            let tx = db.begin_read().map_err(any)?;
+            names.extend(tx.list_tables().map_err(any)?.map(|t| t.name().to_owned()));
+            Ok(())
+        })
+        .unwrap();
+    names.sort();
+    let mut known = TABLES;
+    known.sort_unstable();
+    assert_eq!(names, known);
+}
+
+#[test]
 fn r100_a_place_that_cannot_be_a_directory_is_unavailable() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("f"), "").unwrap();
