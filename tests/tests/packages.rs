@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::Duration;
 
+use adit_tests::before;
 use adit_tests::page::{commands, missing};
 use adit_tests::process::wait_for;
 use adit_tests::root::{Init, PACKAGES, Root, changes};
@@ -222,6 +223,17 @@ fn the_agent_is_enabled_at_once_and_started_when_it_has_a_configuration() {
 const CONFIG: &str = "[proxy]\nlisten = \"127.0.0.1:0\"\n\
     [[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\"]\n[[vm]]\nname = \"a\"\n";
 
+/// Puts the programs of the version before into the root, in the places of those of its package.
+fn programs_before(root: &Root) {
+    let dir = before::programs().unwrap();
+    for name in ["aditd", "adit-port", "adit"] {
+        let to = root.path("/usr/bin").join(name);
+        assert!(to.exists(), "{}", to.display());
+        fs::remove_file(&to).unwrap();
+        fs::copy(dir.join(name), to).unwrap();
+    }
+}
+
 /// The proxy's address, when aditd has written it.
 fn proxy(root: &Root) -> std::net::SocketAddr {
     let file = root.path("/run/adit/proxy.addr");
@@ -252,10 +264,14 @@ fn an_upgrade_of_aditd_loses_no_tunnel_and_no_task_and_a_broken_configuration_st
     assert_eq!(property(&root, "aditd", "ActiveState"), "inactive");
     assert_eq!(property(&root, "aditd", "UnitFileState"), "enabled");
     root.run(&["rm", policy]).unwrap();
+    programs_before(&root);
     let config = format!("{CONFIG}cid = {CID}\nallow_vsock = [{ECHO}]\n");
     let path = Path::new("/etc/adit/aditd.toml");
     let write = |text: &str| fs::write(root.path(path.to_str().unwrap()), text).unwrap();
-    write(&config);
+    // Before there were grants every local user could use the port.
+    let (first_lines, rest) = config.split_once("[[grant]]").unwrap();
+    let vm = rest.split_once("[[vm]]").unwrap().1;
+    write(&format!("{first_lines}[[vm]]{vm}"));
     root.run(&["systemctl", "start", "aditd"]).unwrap();
     let socket = root.path("/run/adit/vm/a/vhost.sock");
     wait_for("the VM's socket", SOON, || {
@@ -275,10 +291,16 @@ fn an_upgrade_of_aditd_loses_no_tunnel_and_no_task_and_a_broken_configuration_st
     let main = || property(&root, "aditd", "MainPID");
 
     let first = main();
+    write(&config);
     dpkg(&root, &["-i", &file("aditd", false)]);
     assert_ne!(main(), first);
     tunnels.all_go_on();
-    assert_eq!(tasks(), queued);
+    let ids = |list: &str| {
+        let tasks: Vec<serde_json::Value> = serde_json::from_str(list).unwrap();
+        let each = tasks.iter().map(|t| (t["id"].clone(), t["state"].clone()));
+        each.collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&tasks()), ids(&queued));
     assert_eq!(
         fs::read_to_string(root.path(path.to_str().unwrap())).unwrap(),
         config

@@ -249,6 +249,7 @@ fn no_driver(booted: &Booted) {
 /// What is wrong in a guest is one line with its remedy on the console and in the journal, and `adit vm show` says it.
 fn bad_input(booted: &Booted) {
     const STATE: &str = "/var/lib/adit-guest";
+    const DROP_IN: &str = "/run/systemd/system/adit-guest.service.d";
     let shown = || booted.adit(&["vm", "show", "web-1"]).1;
     let wait_shown = |what: &str, is: bool| {
         let seen = wait_for(what, BOOT, || {
@@ -269,6 +270,14 @@ fn bad_input(booted: &Booted) {
             "journal-unavailable",
             format!("mount --bind {STATE} {STATE}; mount -o remount,bind,ro {STATE}"),
             format!("umount {STATE}"),
+        ),
+        // The whole root, as it is after an error of the disk.
+        (
+            "journal-unavailable",
+            format!(
+                "mkdir -p {DROP_IN}; printf \"[Service]\\nStateDirectory=\\nReadOnlyPaths=/\\nReadWritePaths=/run\\n\" > {DROP_IN}/ro.conf; systemctl daemon-reload"
+            ),
+            format!("rm -r {DROP_IN}; systemctl daemon-reload"),
         ),
         (
             "card-damaged",
@@ -299,6 +308,24 @@ fn bad_input(booted: &Booted) {
         booted.restart(mends);
         wait_shown(said, false);
     }
+    // Without vsock nothing is to be seen from outside, so the guest says it on its console and in its journal, and goes on when it
+    // is there. A stream that was closed keeps the module for some seconds.
+    let without = "echo install vsock /bin/false > /etc/modprobe.d/none.conf; systemctl stop adit-guest; \
+                   for n in 1 2 3 4 5 6 7 8 9 10 11 12; do modprobe -q -r vmw_vsock_virtio_transport; \
+                   modprobe -q -r vsock_loopback; modprobe -q -r vsock; test -e /sys/module/vsock || break; sleep 1; done; \
+                   lsmod | grep vsock > /dev/console; systemctl start adit-guest; sleep 3; \
+                   rm /etc/modprobe.d/none.conf; modprobe vmw_vsock_virtio_transport; systemctl restart adit-guest";
+    booted.ssh(&format!("systemd-run -q --collect sh -c '{without}'"));
+    let said = "this kernel has no vsock";
+    let serial = || Ok(booted.guest.serial().contains(said).then_some(()));
+    wait_for(said, BOOT / 3, serial).unwrap_or_else(|e| panic!("{e}\n{}", booted.log()));
+    let back = wait_for("the agent is back", BOOT, || {
+        Ok(booted.try_ssh("true").ok())
+    });
+    back.unwrap_or_else(|e| panic!("{e}\n{}", booted.log()));
+    let journal = booted.ssh("journalctl -q -o cat -u adit-guest");
+    let line = journal.lines().find(|line| line.contains(said));
+    assert!(line.is_some_and(|l| l.contains("modprobe")), "{journal}");
     // A second one ends with one line.
     let second = booted.try_ssh("/usr/sbin/adit-guest run").unwrap_err();
     assert!(second.contains("another agent"), "{second}");
