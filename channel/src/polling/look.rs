@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! off ── `needed` sleeps in a row, each shorter than SHORT ──► on ── a look that finds nothing ──► off
-//! needed: 1 ..= NEEDED_MAX    halves if a look finds work, doubles if not, NEEDED_MAX at once if the core is shared
+//! needed: 1 ..= NEEDED_MAX    halves if a look finds work, doubles if not, NEEDED_MAX at once if others keep the core
 //! window: LOOK_MIN ..= LOOK_MAX    LOOK_MIN and the time of the work since the last sleep
 //! ```
 //! - A wake-up takes tens of microseconds, most of them in a halted virtual CPU or a sleeping core. Where an answer
@@ -10,24 +10,26 @@
 //!   repeated before packets follow each other quickly again.
 //! - Who has to take a whole window of bytes needs about as long for it as this thread did. So after longer work a look
 //!   is longer, and a longer sleep counts as short. Without that, bulk data would go on with a sleep for each window.
-//! - There is at most one look a packet: at 1,000 packets a second all looks together take at most 2 % of a core and the
+//! - A look gives the core to whoever else wants it, between any two checks. So it takes time that would be idle, and does not
+//!   keep the one waiting whose answer it looks for: on two cores four programs that answer each other never sleep.
+//! - There is at most one look a packet: at 1,000 packets a second all looks together take at most 7 % of a core and the
 //!   time of the work itself, and with pauses between the packets nothing. An idle shard never looks.
-//! - If the guest's vCPU shares this core, it cannot answer while this thread looks: looks find nothing, and become
-//!   rare. If the scheduler gave the core to another thread during a look, they become rare at once.
+//! - If the guest's vCPU keeps this core, looks find nothing, and become rare. If another thread kept it for long, they become
+//!   rare at once: a thread that sleeps is given the core sooner than one that has just had its turn.
 
 use std::time::Duration;
 
 /// The longest look after one packet.
-const LOOK_MIN: Duration = Duration::from_micros(20);
+const LOOK_MIN: Duration = Duration::from_micros(60);
 /// The longest look after much work.
-const LOOK_MAX: Duration = Duration::from_micros(80);
+const LOOK_MAX: Duration = Duration::from_micros(150);
 /// A sleep below this, and what the window is longer than [`LOOK_MIN`], was ended by something that a look would
 /// probably have found: the time of a wake-up is a part of it.
-const SHORT: Duration = Duration::from_micros(50);
+const SHORT: Duration = Duration::from_micros(120);
 /// Where looks find nothing there is one for so many short sleeps.
 const NEEDED_MAX: u32 = 64;
-/// A look that took so much longer than its window was interrupted by another thread.
-const INTERRUPTED: Duration = LOOK_MIN;
+/// A look that took so much longer than its window: another thread kept the core for more than an answer.
+const INTERRUPTED: Duration = Duration::from_micros(300);
 
 /// Decides about looks. Pure: the caller measures.
 #[derive(Debug)]
@@ -145,7 +147,7 @@ mod tests {
 
     #[test]
     fn packets_with_pauses_are_never_looked_for() {
-        for gap in [60, 100, 1000, 100_000] {
+        for gap in [120, 150, 1000, 100_000] {
             let counts = run(every(gap * US, 10_000), 0, true);
             assert_eq!((counts.looks, counts.sleeps), (0, 10_000), "{gap} us");
         }
@@ -154,7 +156,7 @@ mod tests {
     /// A peer that takes a window of bytes as fast as this thread brought it.
     #[test]
     fn bulk_data_goes_on_without_sleeps_though_each_answer_takes_longer_than_the_shortest_look() {
-        let (work, answer, wakeup) = (30, 35, 35);
+        let (work, answer, wakeup) = (60, 80, 60);
         let [work, answer, wakeup] = [work, answer, wakeup].map(Duration::from_micros);
         let (mut look, mut sleeps) = (Look::default(), 0);
         for _ in 0..1000 {
@@ -174,7 +176,7 @@ mod tests {
         let mut look = Look::default();
         assert_eq!(look.window(), LOOK_MIN);
         look.worked(Duration::from_micros(10));
-        assert_eq!(look.window(), Duration::from_micros(30));
+        assert_eq!(look.window(), Duration::from_micros(70));
         look.worked(Duration::from_secs(1));
         assert_eq!(look.window(), LOOK_MAX);
     }
@@ -214,17 +216,17 @@ mod tests {
         assert!(look.is_on());
     }
 
-    /// Whatever the pattern of 1,000 packets a second, looks take at most a fiftieth of the time.
+    /// Whatever the pattern of 1,000 packets a second, looks take at most a fourteenth of the time.
     #[test]
-    fn a_thousand_packets_a_second_cost_at_most_a_fiftieth_of_a_core() {
+    fn a_thousand_packets_a_second_cost_at_most_a_fourteenth_of_a_core() {
         for burst in 1..=100_usize {
-            for within in [1, 10, 19, 25, 45] {
+            for within in [1, 10, 30, 59, 75, 115] {
                 let pause = burst as u64 * 1000 * US - (burst as u64 - 1) * within * US;
                 let gaps = std::iter::once(pause).chain(every(within * US, burst - 1));
                 let gaps: Vec<u64> = gaps.collect();
                 let counts = run(gaps.into_iter().cycle().take(burst * 100), 5 * US, true);
                 let time = burst as u64 * 100 * 1000 * US;
-                assert!(counts.looking * 50 <= time, "{burst} {within} {counts:?}");
+                assert!(counts.looking * 14 <= time, "{burst} {within} {counts:?}");
             }
         }
     }
