@@ -348,7 +348,7 @@ fn overlay_of(who: &Identity<'_>, by_id: bool, dir: &Path) -> anyhow::Result<Pat
     fs::write(root.join("etc/adit-test"), who.script)?;
     if let Some(agent) = who.agent {
         let mut install = std::process::Command::new(agent);
-        install.args(["install", "--init", "busybox", "--allow-port", "80,7,81"]);
+        install.args(["install", "--init", "busybox", "--allow-port", "80,7,81,22"]);
         if by_id {
             install.args(["--vm-id", who.name]);
         }

@@ -40,6 +40,7 @@ pub mod process;
 pub mod root;
 pub mod servers;
 pub mod shell;
+pub mod sshd;
 pub mod systemd;
 pub mod tamper;
 pub mod tour;

@@ -26,6 +26,15 @@ fn vsock(cid: u32) -> String {
     )
 }
 
+fn adit_of(dir: &Path) -> PathBuf {
+    dir.join("adit")
+}
+
+fn program(path: &Path, text: &str) {
+    fs::write(path, text).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
 struct World {
     host: Host,
     dir: tempfile::TempDir,
@@ -50,11 +59,24 @@ impl World {
              exec {adit} \"$@\"\n",
             asked.display()
         );
-        fs::write(dir.path().join("adit"), script).unwrap();
-        let mode = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(dir.path().join("adit"), mode).unwrap();
+        program(&adit_of(dir.path()), &script);
         fs::write(dir.path().join("conf"), "ADIT_VM_OPTIONS='--allow 80,22'\n").unwrap();
         Some(Self { host, dir })
+    }
+
+    /// Another adit, in a directory of its own: a shell text, in which `adit` is the first one.
+    fn other(&self, name: &str, text: &str) -> PathBuf {
+        let dir = self.dir.path().join(name);
+        fs::create_dir(&dir).unwrap();
+        let first = adit_of(self.dir.path());
+        program(
+            &adit_of(&dir),
+            &format!(
+                "#!/bin/sh\nadit() {{ {} \"$@\"; }}\n{text}\n",
+                first.display()
+            ),
+        );
+        dir
     }
 
     /// Runs the hook with the adit of that directory. Returns what it said.
@@ -139,7 +161,57 @@ fn a_domain_that_starts_is_a_vm_until_it_is_released() {
         ["web-9", "started", "begin", "-"],
         &domain("web-9", &vsock(11)),
     );
-    assert!(said.contains("error[taken]"), "{said}");
+    assert!(said.contains("not libvirt's"), "{said}");
     hook(["web-9", "release", "end", "-"], &web_1);
     assert_eq!(world.vms(), [always]);
+}
+
+/// What aditd was asked while it did not answer is mended at the domain's next start or end.
+#[test]
+fn a_domain_is_no_vm_for_ever_because_aditd_was_away() {
+    let Some(world) = World::start() else { return };
+    let own = world.dir.path();
+    let always = ("web-9".to_owned(), 9);
+    let away = world.other("away", "exit 3");
+    let starts = |adit: &Path, cid| {
+        let xml = domain("web-1", &vsock(cid));
+        world.hook(adit, ["web-1", "started", "begin", "-"], &xml)
+    };
+    let ends = |adit: &Path| {
+        let xml = domain("web-1", &vsock(7));
+        world.hook(adit, ["web-1", "release", "end", "-"], &xml)
+    };
+    // It was away at the start: then nothing is known, until libvirt is started anew.
+    let said = starts(&away, 7);
+    assert!(said.contains("does not answer"), "{said}");
+    assert_eq!(world.vms(), std::slice::from_ref(&always));
+    let xml = domain("web-1", &vsock(7));
+    world.hook(own, ["web-1", "reconnect", "begin", "-"], &xml);
+    assert_eq!(world.vms(), [("web-1".to_owned(), 7), always.clone()]);
+    // At its end: the VM is left, until the domain is started again, with another CID.
+    ends(&away);
+    assert_eq!(world.vms().len(), 2);
+    assert_eq!(starts(own, 8), "");
+    assert_eq!(world.vms(), [("web-1".to_owned(), 8), always.clone()]);
+    ends(own);
+    assert_eq!(world.vms(), std::slice::from_ref(&always));
+    // It did what it was asked, and its answer was lost.
+    let late = world.other(
+        "late",
+        r#"adit "$@"; status=$?; case "$*" in *" vm add "*) exit 3 ;; esac; exit $status"#,
+    );
+    starts(&late, 7);
+    assert_eq!(world.vms().len(), 2);
+    ends(own);
+    assert_eq!(world.vms(), std::slice::from_ref(&always));
+    // Somebody has taken the VM away; it is told again.
+    starts(own, 7);
+    let out = world.host.adit(&["vm", "rm", "--force", "web-1"]).unwrap();
+    assert!(out.status.success());
+    assert_eq!(starts(own, 7), "");
+    assert_eq!(world.vms(), [("web-1".to_owned(), 7), always.clone()]);
+    let out = world.host.adit(&["vm", "rm", "--force", "web-1"]).unwrap();
+    assert!(out.status.success());
+    assert_eq!(ends(own), "");
+    assert!(!own.join("state/vm-web-1").exists());
 }

@@ -224,6 +224,7 @@ fn wrong_use_and_hostile_guests_end_in_one_line() {
         image: &old,
         identity: identity("old", None, ""),
         packed: false,
+        ssh: None,
     }];
     let dir = fresh("wrong");
     let mut programs = vec![vmm()];
@@ -275,6 +276,7 @@ fn a_stock_kernel_boots_on_plain_kvm() {
         image: &new,
         identity: identity("new", Some(&agent), INNER),
         packed: true,
+        ssh: None,
     }];
     let clock = r"CLOCK='\(kvm-clock\|tsc\)'";
     // More processors than the machine has would only wait for each other.
@@ -325,6 +327,7 @@ fn a_paused_vm_continues_in_another_process_and_as_a_clone() {
         image: &new,
         identity: identity("vm", Some(&agent), TICKING),
         packed: false,
+        ssh: None,
     }];
     let mut programs = vec![vmm()];
     let curl = Path::new("/usr/bin/curl");

@@ -10,9 +10,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use adit_benches::report::{Better, Figure};
-use adit_tests::guest::Identity;
 use adit_tests::image::{Image, Kernel};
-use adit_tests::nested::{Inner, Nested};
+use adit_tests::nested::Served;
 use adit_tests::process::output;
 use anyhow::Context;
 
@@ -61,30 +60,14 @@ pub fn run(json: bool) -> anyhow::Result<()> {
     let dir = adit_tests::target().join("tests/bench-vmm");
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir_all(&dir)?;
-    let agent = adit_tests::guest_bin("adit-guest");
-    let guest = |name| Inner {
-        image: &inner,
-        identity: Identity {
-            name,
-            vhost_socket: Path::new(""),
-            agent: Some(&agent),
-            trust: None,
-            script: "",
-            boot_files: false,
-        },
-        packed: false,
-    };
-    let mut programs = vec![(adit_tests::vmm_bin(), "/bin/adit-vmm".to_owned())];
-    let ours = ["aditd", "adit-port", "adit"].map(|name| bins.join(name));
-    let qemu = which("qemu-system-x86_64")?;
-    for program in ours.iter().chain([&qemu]) {
-        programs.extend(Nested::with_libraries(program, &dir.join("stripped"))?);
-    }
+    let mut served = Served::new(&bins, &dir)?;
+    served.vmm();
+    served.program(&which("qemu-system-x86_64")?)?;
     for path in FIRMWARE.into_iter().filter(|path| Path::new(path).exists()) {
-        programs.push((PathBuf::from(path), path.to_owned()));
+        served.file(path, path);
     }
-    let guests = [guest("ours"), guest("qemu")];
-    let mut l1 = Nested::boot(&outer, &guests, &programs, SCRIPT, &dir)?;
+    let guests = ["ours", "qemu"].map(|name| served.guest(name, &inner));
+    let mut l1 = served.boot(&outer, &guests, SCRIPT)?;
     progress::during("three rounds of both", || {
         l1.wait_said("NESTED-DONE", LIMIT)
     })?;

@@ -1,35 +1,22 @@
 # Runs in L1: boots the same guest on each VMM in turn, and prints figures on the serial line.
-AD=/tmp/adit
-export ADIT_SOCKET=$AD/run/aditd.sock
-mkdir -p $AD
-cat > $AD/aditd.toml <<END
-run_dir = "$AD/run"
-state_dir = "$AD/state"
-[proxy]
-listen = "127.0.0.1:7080"
-[[grant]]
-to = ["anyone"]
-vms = ["*"]
-may = ["reach", "see"]
+LOG=/tmp/serial.log
+configure <<END
 [[vm]]
 name = "qemu"
 cid = 4
 allow_vsock = [5000]
 END
-fail() { tail -n 20 /tmp/serial.log; tail -n 5 /tmp/vmm.err; echo "NESTED-FAIL $*"; }
-now() { read -r up _ < /proc/uptime; echo "$up"; }
-aditd run --config $AD/aditd.toml 2>/tmp/aditd.log &
-n=300; until adit vm show qemu >/dev/null 2>&1; do n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd"; break; }; sleep 0.1; done
+serve
 ARGS="console=ttyS0 quiet panic=-1 mitigations=off"
 ours() {
-    exec adit-vmm run --kernel /l2/ours/vmlinux --initrd /l2/ours/initrd --memory 256M --cmdline "$ARGS" --serial /tmp/serial.log \
+    exec adit-vmm run --kernel /l2/ours/vmlinux --initrd /l2/ours/initrd --memory 256M --cmdline "$ARGS" --serial $LOG \
         --vsock cid=3 --aditd $ADIT_SOCKET --name ours --allow-vsock 5000
 }
 qemu() {
     exec qemu-system-x86_64 -accel kvm -cpu host -smp 1 -m 256M -nodefaults -no-user-config -display none -no-reboot -L /usr/share/qemu -L /usr/share/seabios \
         -M microvm,pcie=on -object memory-backend-memfd,id=ram,size=256M,share=on -machine memory-backend=ram \
-        -serial file:/tmp/serial.log -kernel /l2/qemu/vmlinux -initrd /l2/qemu/initrd -append "$ARGS" \
-        -chardev socket,id=vu,path=$AD/run/vm/qemu/vhost.sock -device vhost-user-vsock-pci-non-transitional,chardev=vu
+        -serial file:$LOG -kernel /l2/qemu/vmlinux -initrd /l2/qemu/initrd -append "$ARGS" \
+        -chardev socket,id=vu,path=$RUN/vm/qemu/vhost.sock -device vhost-user-vsock-pci-non-transitional,chardev=vu
 }
 # Resident KiB without the guest's memory, which is the one large mapping.
 beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 250000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
@@ -37,7 +24,7 @@ beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 250000 { sum += $2 } EN
 mount -t debugfs debugfs /sys/kernel/debug
 count() { cat /sys/kernel/debug/kvm/$1; }
 round() {
-    : > /tmp/serial.log
+    : > $LOG
     begin=$(now) tries=24
     $1 </dev/null >/tmp/vmm.err 2>&1 &
     job=$!

@@ -53,6 +53,7 @@ pub fn run(boots: u32, kernel: Kernel) -> anyhow::Result<bool> {
             boot_files: false,
         },
         packed: false,
+        ssh: None,
     };
     let programs = [(adit_tests::vmm_bin(), "/bin/adit-vmm".to_owned())];
     let script = format!("{HELPERS}\nBOOTS={boots}\n{OUTER}");

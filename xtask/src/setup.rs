@@ -33,6 +33,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("socat", "socat"),
     ("haproxy", "haproxy"),
     ("dropbear", "dropbear-bin"),
+    ("libvirtd", "libvirt-daemon"),
+    ("virsh", "libvirt-clients"),
     ("sqlite3", "sqlite3"),
     ("musl-gcc", "musl-tools"),
     ("lintian", "lintian"),

@@ -202,7 +202,7 @@ const GUESTS: [Step; 8] = [
     },
     Step {
         name: "a VMM's guests, in a guest",
-        budget_s: 200,
+        budget_s: 260,
         run: || with_binaries("nested"),
     },
     Step {

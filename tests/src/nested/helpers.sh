@@ -1,14 +1,17 @@
 # Functions for the scripts in L1, and for plain KVM. T is the directory for files.
 T=${T:-/tmp} L2=${L2:-/l2}
 fail() { [ -f "$LOG" ] && tail -n 80 "$LOG"; tail -n 5 $T/vmm.err; echo "NESTED-FAIL $*"; }
+# within SECONDS COMMAND...: tries this command until it succeeds. Fails if it never does.
+within() {
+    local n=$(($1 * 10)); shift
+    until "$@"; do n=$((n - 1)); [ $n -gt 0 ] || return 1; sleep 0.1; done
+}
+quietly() { "$@" >/dev/null 2>&1; }
+ended_or_said() { grep -q "$1" "$LOG" || ! kill -0 $VMM; }
 # until_said TEXT SECONDS: waits for this text on the guest's serial line.
 until_said() {
-    n=$(($2 * 10))
-    until grep -q "$1" "$LOG"; do
-        n=$((n - 1)); [ $n -gt 0 ] || { fail "no '$1' in $2 s"; return 1; }
-        kill -0 $VMM || { fail "adit-vmm ended before '$1'"; return 1; }
-        sleep 0.1
-    done
+    within $2 ended_or_said "$1" || { fail "no '$1' in $2 s"; return 1; }
+    grep -q "$1" "$LOG" || { fail "the VMM ended before '$1'"; return 1; }
 }
 start() { : > "$LOG"; adit-vmm run "$@" --serial $LOG 2>$T/vmm.err </dev/null & VMM=$!; }
 # gone PID SECONDS: waits until this process has ended; returns its status. After that time it is killed with SIGABRT.

@@ -1,25 +1,6 @@
 # Runs in L1: aditd serves two VMs, each with another kernel, whose VMMs are their port processes. Both do the whole main job, are
 # saved, restored, and do it again. Then one turns hostile, and the other must not be affected. aditd is killed. When a VM ends, its
 # entry is removed.
-AD=/tmp/adit
-mkdir -p $AD
-cat > $AD/aditd.toml <<END
-run_dir = "$AD/run"
-state_dir = "$AD/state"
-[proxy]
-listen = "127.0.0.1:7080"
-[[grant]]
-to = ["anyone"]
-vms = ["*"]
-may = ["reach", "see"]
-END
-export ADIT_SOCKET=$AD/run/aditd.sock http_proxy=http://127.0.0.1:7080
-serve() {
-    aditd run --config $AD/aditd.toml 2>>$AD/log & ADITD=$!
-    n=300; until adit vm ls >/dev/null 2>&1; do
-        n=$((n - 1)); [ $n -gt 0 ] || { fail "no aditd: $(tail -n 3 $AD/log)"; return; }; sleep 0.1
-    done
-}
 # of VM PID CID: the following commands are about this VM, its VMM's process and its guest's address.
 of() { VM=$1 VMM=$2 CID=$3 LOG=/tmp/$1.log; }
 # boots VM CID MEMORY ARGS...: adit-vmm registers the VM and boots Debian; waits until its agent is connected.
@@ -28,41 +9,28 @@ boots() {
     start --kernel /l2/$VM/vmlinux --initrd /l2/$VM/initrd --memory $memory --vsock cid=$CID --aditd $ADIT_SOCKET --name $VM \
         --allow 80,7,81 --allow-vsock 5000 --api /tmp/$VM.api --ring "$@"
     until_said ADIT-READY 120
-    adit wait $VM --for agent --timeout 60s || fail "no agent: $(adit vm show $VM)"
+    agent "after a boot"
     kernel=$(grep -o "kernel=[0-9.]*" $LOG)
     echo "SHOW adit-vmm has registered $VM and booted Debian, $kernel: its agent is there ($(now) s)"
 }
-page() { [ "$(curl -sS -m 20 http://$VM/ 2>&1)" = "this is $VM" ] || { fail "no page: $1"; return 1; }; }
 # ring WHEN: waits until the agent's services use the ring, whose pin wakes the guest; checks that.
 ring() {
-    n=100; until adit vm show $VM >/tmp/show && grep -q "^carrier  *ring" /tmp/show; do
-        n=$((n - 1)); [ $n -gt 0 ] || { fail "no ring $1: $(cat /tmp/show)"; return; }; sleep 0.1
-    done
+    shown "^carrier  *ring" "$1" || return
     attached=$(now)
     grep -q "^ring memory .* by PCI function" /tmp/show || fail "$1: $(cat /tmp/show)"
-    page "over the ring $1"
-    [ "$(curl -sS -m 20 http://$VM/big?mb=1 | wc -c)" = 1048576 ] || fail "a megabyte over the ring $1"
+    page "over the ring $1" && megabyte "over the ring $1"
 }
-# goal STEP SCRIPT: signs a goal for this VM and applies it.
-goal() {
-    echo "steps: [{id: $1, script: {interpreter: /bin/sh, script: \"$2\"}}]" > /tmp/goal.yaml
-    ( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to $VM ) || fail "goal"
-}
-# main_job WORD: the host reaches the VM by name, over vsock or its ring, and a signed goal runs in it.
-main_job() {
-    page "$1" && ring "$1"
-    goal $1 "echo $1 from \$(hostname)"
-    adit task watch --timeout 60s
-    adit task ls | tee /tmp/tasks
-    grep -q "$1 from $VM" /tmp/tasks || { fail "task $1"; return; }
-    echo "SHOW curl -x aditd http://$VM/ answers, over shared memory too; a signed goal ran in it: $1 from $VM ($(now) s)"
+# everything WORD: the main job, over vsock and over its ring.
+everything() {
+    page "$1" && ring "$1" && echo "SHOW http://$VM/ answers over vsock, and over shared memory: $1 ($(now) s)"
+    main_job $1
 }
 api() { curl -sS -m 60 --unix-socket /tmp/$VM.api -X PUT "$@"; }
 # away: saves the VM, and kills its VMM.
 away() {
     api http://vm/pause; api -d "{\"dir\":\"/tmp/$VM.snap\"}" http://vm/snapshot
     kill -9 $VMM; wait $VMM
-    n=300; until pidof adit-port >/dev/null; do n=$((n - 1)); [ $n -gt 0 ] || { fail "aditd did not start a port process for a VM without one"; break; }; sleep 0.1; done
+    within 30 quietly pidof adit-port || fail "aditd did not start a port process for a VM without one"
     # The port process has started. Wait until it is up: otherwise the next VMM would wait for it to come up, and then to leave.
     sleep 0.4
     echo "SHOW $VM was paused and saved; its VMM is killed ($(now) s)"
@@ -72,7 +40,7 @@ away() {
 back() {
     begin=$(now) said=$(wc -l < $LOG)
     adit-vmm restore --from /tmp/$VM.snap --vsock cid=$CID --aditd $ADIT_SOCKET --name $VM --ring --serial $LOG "$@" 2>/tmp/vmm.err </dev/null & VMM=$!
-    adit wait $VM --for agent --timeout 60s || fail "no agent after the restore: $(cat /tmp/vmm.err; adit vm show $VM)"
+    agent "after the restore"
     echo "SHOW $VM restored in another process: the agent is back ($begin .. $(now) s)"
     tail -n +$((said + 1)) $LOG > /tmp/since
     [ $(grep -c ": connected service=tasks" /tmp/since) = 1 ] || fail "the agent did not redial: $(cat /tmp/since)"
@@ -80,11 +48,12 @@ back() {
     grep -q ADIT-READY /tmp/since && fail "it booted"
 }
 QUIET="console=ttyS0 quiet panic=-1 mitigations=off"
+configure </dev/null
 serve
 echo "SHOW aditd serves, and has no VM ($(now) s)"
 boots web-1 3 192M --cmdline "$QUIET"
 grep -q 'ring-found .*by="uio, INTx"' $LOG || fail "the agent has no ring by uio"
-main_job first
+everything first
 idle
 pidof adit-port && fail "there is a port process beside the VMM"
 adit vm show web-1 | grep latency
@@ -94,10 +63,10 @@ WEB=$VMM
 dd if=/dev/zero of=/tmp/disk bs=1M count=0 seek=16 2>/dev/null
 mke2fs -F /tmp/disk >/dev/null 2>&1 || fail "no disk"
 boots web-2 4 128M --disk /tmp/disk --cmdline "$QUIET hostile"
-main_job first
+everything first
 away
 back --disk /tmp/disk
-main_job again
+everything again
 # Root in web-2 drives the socket device by hand, and overwrites the ring. web-1 must not be affected, and adit-vmm must not grow.
 # beyond PID: resident KiB without the guest's memory, which is the one large mapping.
 beyond() { awk '/^Size:/ { size = $2 } /^Rss:/ && size < 120000 { sum += $2 } END { print sum }' /proc/$1/smaps; }
@@ -123,12 +92,12 @@ of web-1 $WEB 3
 
 # All that follows happens while a task runs. The task ends when somebody dials it.
 goal long "echo start >> /tmp/starts; nc -l -p 81 < /dev/null > /dev/null; echo begun \$(wc -l < /tmp/starts) times"
-runs() { adit task ls | grep -q " long  *1  *started " || fail "$1: $(adit task ls)"; }
-n=100; until adit task ls | grep -q " long  *1  *started "; do n=$((n - 1)); [ $n -gt 0 ] || { fail "the task does not start"; break; }; sleep 0.1; done
+starts long
+runs() { running long || fail "the task does not run $1: $(adit task ls)"; }
 kill -9 $ADITD; wait $ADITD
 serve
 begin=$(now)
-adit wait web-1 --for agent --timeout 60s || fail "no agent after aditd was killed: $(adit vm show web-1)"
+agent "after aditd was killed"
 echo "SHOW aditd was killed while a task runs: the agent is back ($begin .. $(now) s)"
 page "after aditd was killed" && runs "after aditd was killed" && echo "SHOW it serves again, and the task runs on"
 # A VM that its VMM holds cannot be removed by mistake, and continues.
@@ -145,16 +114,12 @@ clone="timeout 60 adit-vmm restore --from /tmp/web-1.snap --aditd $ADIT_SOCKET -
 $clone --vsock cid=3 --name web-1 --ring >/tmp/clone 2>&1 </dev/null && fail "a clone took its origin's place"
 grep -q "web-1. runs" /tmp/clone || fail "$(cat /tmp/clone)"
 $clone --vsock cid=5 --name twin --ring >/tmp/clone 2>&1 </dev/null & CLONE=$!
-n=100; until adit vm show twin 2>/dev/null | grep -q "enrolled as .web-1"; do
-    n=$((n - 1)); [ $n -gt 0 ] || { fail "no clone: $(cat /tmp/clone; adit vm show twin)"; break; }; sleep 0.1
-done
+VM=twin; shown "enrolled as .web-1" "as a clone"; VM=web-1
 page "beside its clone" && runs "beside its clone" && echo "SHOW a clone is refused web-1's name, and is shown as a clone under another one ($(now) s)"
 kill -TERM $CLONE; gone $CLONE 60
 curl -sS -m 20 http://web-1:81/ >/dev/null 2>&1
-adit task watch --timeout 60s
-adit task ls | tee /tmp/tasks
-grep -q "begun 1 times" /tmp/tasks && echo "SHOW the task from before ended, after both: begun 1 times" || fail "a task from before the snapshot"
-main_job again
+said "begun 1 times" && echo "SHOW the task from before ended, after both: begun 1 times"
+everything again
 kill -TERM $VMM; ended 0 stopped
 adit vm ls | grep -q web-1 && fail "an ended VM still has its entry"
 echo "SHOW stopped, and its entry is removed"

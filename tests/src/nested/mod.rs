@@ -2,7 +2,7 @@
 //! boots Debian (L2). So the complete VMM can be tested on any machine.
 
 mod emulator;
-mod hybrid;
+mod served;
 mod stock;
 
 use std::fs;
@@ -14,9 +14,11 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use self::emulator::Processor;
+pub use self::served::Served;
 use crate::guest::{Identity, overlay, tsc_arguments};
-use crate::image::{Image, Kernel};
+use crate::image::Image;
 use crate::process::{Reaped, bound, output, wait_for};
+use crate::sshd;
 
 /// Memory of L1, MiB: for its root, and for two guests at a time.
 const MEMORY_MIB: u32 = 1536;
@@ -42,8 +44,6 @@ touch /target/guest/cache/$(ls /target/guest/cache)/vmlinux /target/guest/state.
 const HOSTILE_KERNEL: &str = include_str!("hostile_kernel.s");
 /// Shell functions for L1's scripts.
 pub const HELPERS: &str = include_str!("helpers.sh");
-const MANAGED: &str = include_str!("managed.sh");
-const IDLE: &str = include_str!("idle.sh");
 const HOSTILE: &str = include_str!("hostile.sh");
 
 /// A guest in L1.
@@ -55,6 +55,8 @@ pub struct Inner<'a> {
     pub identity: Identity<'a>,
     /// Boots the bzImage in place of the ELF kernel.
     pub packed: bool,
+    /// Has an SSH server ([`sshd`]), with which this public key is root.
+    pub ssh: Option<&'a Path>,
 }
 
 impl Inner<'_> {
@@ -62,7 +64,11 @@ impl Inner<'_> {
     fn write(&self, to: &Path, dir: &Path) -> anyhow::Result<()> {
         let to = to.join(self.identity.name);
         fs::create_dir_all(&to)?;
-        let files = overlay(&self.identity, &dir.join(self.identity.name))?;
+        let dir = dir.join(self.identity.name);
+        let files = overlay(&self.identity, &dir)?;
+        if let Some(key) = self.ssh {
+            sshd::install(&files, key, &dir.join("stripped"))?;
+        }
         self.image.with_overlay(&files, &to.join("initrd"))?;
         match self.packed {
             false => fs::copy(&self.image.vmlinux, to.join("vmlinux"))?,
@@ -173,50 +179,6 @@ impl Nested {
         })
     }
 
-    /// Boots L1 to show the main job through `adit-vmm`: aditd serves VMs whose VMMs are their port processes. aditd is killed, a
-    /// neighbour is hostile, and VMMs are killed after a snapshot. `web-1` runs `kernel`, and its neighbour the other one. Lines
-    /// for people begin with `SHOW`.
-    ///
-    /// # Errors
-    /// As [`boot`](Self::boot), or `bins` lacks aditd, adit-port or adit.
-    pub fn managed(bins: &Path, kernel: Kernel, dir: &Path) -> anyhow::Result<Self> {
-        let image = |kernel| Image::build(kernel, &|what| println!("{what}"));
-        let (old, new) = (image(Kernel::V6_1)?, image(Kernel::V6_12)?);
-        let (web, neighbour) = match kernel {
-            Kernel::V6_1 => (&old, &new),
-            Kernel::V6_12 => (&new, &old),
-        };
-        let mut key = Command::new(bins.join("adit"));
-        output(key.args(["key", "new", "fleet.key"]).current_dir(dir))?;
-        let (agent, trust) = (crate::guest_bin("adit-guest"), dir.join("fleet.key.pub"));
-        let inner = [("web-1", web), ("web-2", neighbour)].map(|(name, image)| Inner {
-            image,
-            identity: Identity {
-                name,
-                vhost_socket: Path::new(""),
-                agent: Some(&agent),
-                trust: Some(&trust),
-                script: HOSTILE,
-                boot_files: false,
-            },
-            packed: false,
-        });
-        let mut programs = vec![
-            (crate::vmm_bin(), "/bin/adit-vmm".to_owned()),
-            (dir.join("fleet.key"), "/etc/fleet.key".to_owned()),
-        ];
-        let ours = ["aditd", "adit-port", "adit"].map(|name| bins.join(name));
-        for program in ours
-            .iter()
-            .map(PathBuf::as_path)
-            .chain([Path::new("/usr/bin/curl")])
-        {
-            programs.extend(Self::with_libraries(program, &dir.join("stripped"))?);
-        }
-        let script = format!("{HELPERS}\n{IDLE}\n{MANAGED}");
-        Self::boot(&old, &inner, &programs, &script, dir)
-    }
-
     /// Kernels that do everything to their VMM that a kernel should not, one for each way to end: power-off, triple fault, halt.
     ///
     /// # Errors
@@ -248,12 +210,7 @@ impl Nested {
         let small = dir.join(name);
         output(Command::new("strip").arg("-o").arg(&small).arg(program))?;
         let mut files = vec![(small, format!("/bin/{}", name.to_string_lossy()))];
-        let list = output(Command::new("ldd").arg(program))?;
-        let list = String::from_utf8_lossy(&list.stdout).into_owned();
-        // "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)", and the loader without the arrow.
-        for path in list.split_whitespace().filter(|w| w.starts_with('/')) {
-            files.push((PathBuf::from(path), path.to_owned()));
-        }
+        files.extend(libraries(program)?);
         Ok(files)
     }
 
@@ -329,6 +286,15 @@ impl Nested {
     pub fn said(&self) -> String {
         serial(&self.dir)
     }
+}
+
+/// The libraries of a program of the host, or of another library, which L1 has at the same paths.
+fn libraries(program: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
+    let list = output(Command::new("ldd").arg(program))?;
+    let list = String::from_utf8_lossy(&list.stdout).into_owned();
+    // "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)", and the loader without the arrow.
+    let paths = list.split_whitespace().filter(|w| w.starts_with('/'));
+    Ok(paths.map(|path| (path.into(), path.to_owned())).collect())
 }
 
 fn serial(dir: &Path) -> String {

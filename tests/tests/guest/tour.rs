@@ -2,17 +2,15 @@
 //! the rest of it and `docs/operate.md` on a machine each, with a real guest. What a page shows of an output must come.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::Command;
 
 use adit_tests::guest::{Guest, Identity};
 use adit_tests::image::{Image, Kernel};
 use adit_tests::machine::{CLONE, Machine};
-use adit_tests::nested::Nested;
 use adit_tests::page::commands;
 use adit_tests::process::wait_for;
 use adit_tests::shell::Shell;
+use adit_tests::sshd;
 use adit_tests::tour::{Tour, check, line, read};
 
 use super::{BOOT, bins, setup};
@@ -61,24 +59,9 @@ fn guest_image(tour: &Tour) {
     let root = at("web-1");
     fs::create_dir_all(root.join("etc")).unwrap();
     fs::write(root.join("etc/hostname"), "web-1\n").unwrap();
-    let sshd = Path::new("/usr/sbin/dropbear");
-    for (file, to) in Nested::with_libraries(sshd, tour.dir()).unwrap() {
-        let to = root.join(to.trim_start_matches('/'));
-        fs::create_dir_all(to.parent().unwrap()).unwrap();
-        fs::copy(file, to).unwrap();
-    }
-    for dir in ["etc/dropbear", "root/.ssh"] {
-        fs::create_dir_all(root.join(dir)).unwrap();
-        fs::set_permissions(root.join(dir), fs::Permissions::from_mode(0o700)).unwrap();
-    }
-    fs::set_permissions(root.join("root"), fs::Permissions::from_mode(0o700)).unwrap();
     let public = tour.machine.path("/root/.ssh/id_ed25519.pub");
-    fs::copy(public, root.join("root/.ssh/authorized_keys")).unwrap();
-    fs::write(
-        root.join("etc/adit-test"),
-        "dropbear -R -E -p 127.0.0.1:22\n",
-    )
-    .unwrap();
+    sshd::install(&root, &public, tour.dir()).unwrap();
+    fs::write(root.join("etc/adit-test"), sshd::START).unwrap();
     let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
     image.copy_to(&at("image"), Some(&root)).unwrap();
 }
