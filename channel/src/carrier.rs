@@ -82,7 +82,7 @@ pub struct Woken {
     pub session: Option<SessionChange>,
     /// The set of wakers changed: register it again.
     pub wakers_changed: bool,
-    /// What [`Carrier::obstacle`] says has changed.
+    /// What [`Carrier::obstacle`] says has changed, or whether there is a VMM.
     pub obstacle_changed: bool,
 }
 

@@ -155,6 +155,50 @@ pub enum Piece {
     Stop(Stop),
 }
 
+/// Bytes that are read with one call, and the head among them apart from the payload before and behind it.
+///
+/// [`parts`](Self::parts), read into them, [`came`](Self::came), [`Reader::unwrap_apart`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Apart {
+    head: [u8; HEAD_LEN],
+    /// Bytes of the present chunk, of the head behind it, and behind that.
+    rest: usize,
+    of_head: usize,
+    behind: usize,
+}
+
+impl Apart {
+    /// Where to read to, in this order. `only_head`: nothing behind the head.
+    pub fn parts<'a>(
+        &'a mut self,
+        reader: &Reader,
+        bytes: &'a mut [u8],
+        only_head: bool,
+    ) -> [&'a mut [u8]; 3] {
+        let (rest, behind) = bytes.split_at_mut(reader.left().min(bytes.len()));
+        // With a chunk that does not fit, its head is not next.
+        let of_head = match rest.len() < reader.left() {
+            true => 0,
+            false => reader.head_left(),
+        };
+        (self.rest, self.of_head) = (rest.len(), of_head);
+        self.behind = if only_head { 0 } else { behind.len() };
+        [rest, &mut self.head[..of_head], &mut behind[..self.behind]]
+    }
+
+    /// Whether anything was read this way.
+    pub fn is_any(&self) -> bool {
+        self.rest + self.of_head + self.behind > 0
+    }
+
+    /// So many bytes were read.
+    pub fn came(&mut self, bytes: usize) {
+        self.rest = self.rest.min(bytes);
+        self.of_head = self.of_head.min(bytes - self.rest);
+        self.behind = self.behind.min(bytes - self.rest - self.of_head);
+    }
+}
+
 /// The reader's half.
 #[derive(Debug, Default)]
 pub struct Reader {
@@ -253,6 +297,28 @@ impl Reader {
             }
         }
         (payload, Ok(()))
+    }
+
+    /// As [`unwrap`](Self::unwrap), of bytes that were read in [`Apart`]s: the payload is where it belongs, and nothing is moved as long as
+    /// no second head came along.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn unwrap_apart(
+        &mut self,
+        apart: &Apart,
+        bytes: &mut [u8],
+    ) -> (usize, Result<(), ChunkError>) {
+        self.passed(apart.rest);
+        let mut at = 0;
+        while at < apart.of_head {
+            match self.take(&apart.head[at..apart.of_head]) {
+                Ok((n, _)) => at += n,
+                Err(e) => return (apart.rest, Err(e)),
+            }
+        }
+        let (n, outcome) = self.unwrap(&mut bytes[apart.rest..apart.rest + apart.behind]);
+        (apart.rest + n, outcome)
     }
 
     /// The bytes have stopped.

@@ -2,7 +2,7 @@
 //!
 //! `MSG_NOSIGNAL` throughout: a peer that went away is an error value, never a signal.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -79,6 +79,9 @@ impl AsFd for Conn {
 impl Read for &Conn {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         Ok(socket::recv(self.0.as_raw_fd(), buf, MsgFlags::empty())?)
+    }
+    fn read_vectored(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        Ok(nix::sys::uio::readv(&self.0, bufs)?)
     }
 }
 

@@ -18,10 +18,10 @@
 //! - One thread, no timer: it sleeps in `poll` and asks only for events that it can act on, so that a full buffer, or a hang-up
 //!   about which nothing can be done, costs no wake-up.
 
-use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::AsFd;
 
-use adit_channel::chunk::{Reader, Stop, Writer};
+use adit_channel::chunk::{Apart, Reader, Stop, Writer};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -106,19 +106,29 @@ impl Dir {
         self.writer.as_ref().is_some_and(Writer::owes_head)
     }
 
-    /// So many bytes were read behind `end`.
-    fn read(&mut self, n: usize) {
+    /// Reads behind `end`. Returns how many bytes came, of which heads of chunks are none any more.
+    fn read(&mut self, mut from: &Conn) -> io::Result<usize> {
+        let room = &mut self.buf[self.end..];
         let Some(reader) = &mut self.reader else {
+            let n = from.read(room)?;
             self.end += n;
-            return;
+            return Ok(n);
         };
-        let (payload, outcome) = reader.unwrap(&mut self.buf[self.end..self.end + n]);
+        let mut apart = Apart::default();
+        let mut parts = apart.parts(reader, room, false).map(IoSliceMut::new);
+        let n = from.read_vectored(&mut parts)?;
+        if n == 0 {
+            return Ok(0);
+        }
+        apart.came(n);
+        let (payload, outcome) = reader.unwrap_apart(&apart, room);
         self.end += payload;
         match (outcome, reader.stopped()) {
             (Ok(()), None) => {}
             (Ok(()), Some(Stop::End)) => self.source = Source::Ended,
             (Err(_), _) | (Ok(()), Some(Stop::Abort)) => self.source = Source::Failed,
         }
+        Ok(n)
     }
 
     /// Writes some of what is pending. Returns how much of it.
@@ -165,18 +175,15 @@ impl Dir {
     }
 
     /// Moves what can be moved now; true if anything changed.
-    fn pump(&mut self, mut from: &Conn, to: &Conn, broken_off: impl Fn() -> bool) -> bool {
+    fn pump(&mut self, from: &Conn, to: &Conn, broken_off: impl Fn() -> bool) -> bool {
         let mut progress = false;
         if self.wants_read() && self.readable {
-            match from.read(&mut self.buf[self.end..]) {
+            match self.read(from) {
                 Ok(0) if self.reader.is_some() || broken_off() => {
                     (self.source, progress) = (Source::Failed, true);
                 }
                 Ok(0) => (self.source, progress) = (Source::Ended, true),
-                Ok(n) => {
-                    self.read(n);
-                    progress = true;
-                }
+                Ok(_) => progress = true,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
                 Err(e) if e.kind() == ErrorKind::Interrupted => progress = true,
                 Err(_) => (self.source, progress) = (Source::Failed, true),

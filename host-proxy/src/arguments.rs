@@ -4,8 +4,11 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::path::Path;
 
-use crate::config::{CarrierConfig, Hybrid, VmConfig};
+use adit_port::control::HYBRID_SOCKET;
+
+use crate::config::{AutoAt, CarrierConfig, Hybrid, Named, VmConfig};
 
 /// Bytes of a command line that are read.
 const LINE_MAX: u64 = 16 << 10;
@@ -36,13 +39,21 @@ pub fn settings_in(line: &[u8], spec: &VmConfig) -> VmConfig {
     }
     settings.ivshmem_mib = value("--ivshmem-mib").unwrap_or(settings.ivshmem_mib);
     if !args.is_empty() {
-        let at = args.iter().position(|arg| *arg == "--hybrid");
-        let path = at.and_then(|at| args.get(at + 1));
-        settings.carrier = match (path, value("--cid")) {
-            (Some(path), _) => CarrierConfig::Hybrid(Hybrid {
-                hybrid: path.into(),
-                half_closes: args.contains(&"--half-closes"),
-            }),
+        let path = |name: &str| {
+            let at = args.iter().position(|arg| *arg == name)?;
+            args.get(at + 1).map(Path::new)
+        };
+        let hybrid = path("--hybrid").map(|path| Hybrid {
+            hybrid: path.into(),
+            half_closes: args.contains(&"--half-closes"),
+        });
+        let own = path("--dir").map(|dir| dir.join(HYBRID_SOCKET));
+        settings.carrier = match (hybrid, value("--cid")) {
+            (Some(auto), _) if args.contains(&"--auto") => match own.as_ref() {
+                Some(own) if *own == auto.hybrid => CarrierConfig::Named(Named::Auto),
+                _ => CarrierConfig::AutoAt(AutoAt { auto }),
+            },
+            (Some(hybrid), _) => CarrierConfig::Hybrid(hybrid),
             (None, Some(cid)) if args.contains(&"--vsock") => CarrierConfig::of_kernel(cid),
             _ => CarrierConfig::default(),
         };
@@ -76,6 +87,15 @@ mod tests {
         assert!(found.allow_any_memory);
         let line = b"adit-port\0--name\0a\0--cid\x0042\0--busy-poll-us\x000\0--vsock\0";
         assert_eq!(settings_in(line, &spec).carrier.kernel(), Some(42));
+        for (path, found) in [
+            ("/run/web-1/v.sock", "\"auto\""),
+            ("/fc/v.sock", "{\"auto\":{\"hybrid\":\"/fc/v.sock\"}}"),
+        ] {
+            let line =
+                format!("--cid\x003\0--dir\0/run/web-1\0--hybrid\0{path}\0--vsock\0--auto\0");
+            let carrier = settings_in(line.as_bytes(), &spec).carrier;
+            assert_eq!(serde_json::to_string(&carrier).unwrap(), found);
+        }
         drop(child.stdin.take());
         child.wait().unwrap();
         // This process, and one that is not there, say nothing.

@@ -29,7 +29,7 @@ use adit_tasks::{Anchor, TrustStore};
 use serde::{Deserialize, Serialize};
 
 pub use access::{Address, GrantConfig, LISTENS_MAX, ListenConfig, Role, Speak, TokenConfig};
-pub use carrier::{CarrierConfig, Hybrid, Way};
+pub use carrier::{AutoAt, CarrierConfig, Hybrid, Named, Way};
 pub use certificates::{Files, Pem, Terms};
 pub use check::Problem;
 use check::{Document, Documents};

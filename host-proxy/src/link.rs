@@ -15,7 +15,7 @@ use adit_port::control::{
     Accepted, BegunAnew, DIALS_MAX, DialError, DialFailed, Dialed, EndTunnels, Ends, EndsTaken,
     FEATURE_ACCEPTED, FEATURE_CONNECT, FEATURE_ENDS, FEATURE_KEY, FEATURE_LIMITS, FEATURE_TUNNELS,
     Handover, Incoming, Kept, Key, Limit, ListTunnels, Quit, Release, Ring, SetLimits, Status,
-    Tunnels,
+    Tunnels, Way,
 };
 use adit_port::control_io::{ControlError, Message, receive_passed, send};
 use tokio::io::Interest;
@@ -103,6 +103,8 @@ pub enum Said<'a> {
     Handover(Handover, Vec<Passed>),
     /// State of the VM's ring.
     Ring(Ring),
+    /// Which way to the guest it has chosen.
+    Way(Way),
     /// The VMM has no channel until it connects anew, and why; empty: it has.
     Stuck(String),
     /// Tunnels have ended; [`Link::ends_taken`] has the next ones told.
@@ -319,6 +321,7 @@ impl Driver {
                     }
                     (Message::Handover(handover), _) => on(Said::Handover(handover, fds)),
                     (Message::Ring(ring), _) => on(Said::Ring(ring)),
+                    (Message::Way(way), _) => on(Said::Way(way)),
                     (Message::Ends(ends), _) => on(Said::Ends(ends)),
                     (Message::Stuck(stuck), _) => on(Said::Stuck(stuck.reason)),
                     (Message::Held(_), _) => on(Said::Held),

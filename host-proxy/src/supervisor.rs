@@ -17,10 +17,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use adit_passed::Passed;
-use adit_port::control::{CONTROL_SOCKET, Ends, Incoming, Status};
+use adit_port::control::{CONTROL_SOCKET, Ends, HYBRID_SOCKET, Incoming, Status};
 use tokio_util::sync::CancellationToken;
 
 use crate::arguments;
+use crate::config::{Hybrid, Way};
 use crate::link::{Link, Said};
 use crate::monitor::client::AskError;
 use crate::monitor::wire::{LastWords, Start, StartHybrid};
@@ -83,7 +84,8 @@ impl Backoff {
 
 /// Follows a VM's port process until the VM is removed, and ends it then.
 ///
-/// `on_serving` is called once a port process serves it, and `on_ends` with what became of tunnels.
+/// `on_serving` is called once a port process serves it, and whenever that has chosen another way to its guest; `on_ends` is called with what became of
+/// tunnels.
 pub async fn supervise(
     vm: Arc<VmEntry>,
     monitor: Monitor,
@@ -167,6 +169,11 @@ async fn follow(
         _ if !known.load(Ordering::Relaxed) => {}
         Said::Incoming(incoming, fd) => on_incoming(incoming, fd),
         Said::Ring(ring) => vm.channel.set_ring(ring),
+        Said::Way(way) => {
+            vm.channel.set_reached(way);
+            // Perhaps by the host's kernel, whose guests nobody has heard yet.
+            on_serving();
+        }
         // Its word does not make it what nobody may replace.
         Said::Held if process.is_ours() => {
             tracing::error!(vm = %vm.name, "a port process says that it is a VMM");
@@ -289,16 +296,26 @@ async fn reach(vm: &VmEntry, monitor: &Monitor) -> Result<Connected, String> {
         );
     }
     let spec = vm.spec();
+    let own = Hybrid {
+        hybrid: vm.dir.join(HYBRID_SOCKET),
+        half_closes: false,
+    };
+    let hybrid = match spec.carrier.way() {
+        Way::Auto(None) => Some(&own),
+        Way::Auto(Some(hybrid)) | Way::Hybrid(hybrid) => Some(hybrid),
+        Way::Device | Way::Kernel(_) => None,
+    };
     let start = Start {
         cid: vm.cid,
         busy_poll_us: spec.busy_poll_us,
         ivshmem_mib: spec.ivshmem_mib,
         allow_any_memory: spec.allow_any_memory,
-        hybrid: spec.carrier.hybrid().map(|h| StartHybrid {
+        hybrid: hybrid.map(|h| StartHybrid {
             path: h.hybrid.clone(),
             half_closes: h.half_closes,
         }),
-        kernel: spec.carrier.kernel().is_some(),
+        kernel: spec.carrier.may_be_kernel(),
+        auto: matches!(spec.carrier.way(), Way::Auto(_)),
     };
     let left = keeper.pass_on().map_err(|e| e.to_string())?;
     let reached = tokio::select! {

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use adit_names::VmId;
 use adit_port::control::{
-    CONTROL_SOCKET, IVSHMEM_SOCKET, LOCK, RING_SOCKET, VHOST_SOCKET, VMM_NOTE,
+    CONTROL_SOCKET, HYBRID_HOST_SOCKET, HYBRID_SOCKET, IVSHMEM_SOCKET, LOCK, RING_SOCKET,
+    VHOST_SOCKET, VMM_NOTE,
 };
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, flock, openat, statat, unlinkat,
@@ -25,12 +26,14 @@ const LOCK_LOOK: Duration = Duration::from_millis(10);
 /// Names of what stays that are said.
 const NAMED_MAX: usize = 8;
 
-/// What adit puts there, besides the lock.
+/// What adit puts there, besides the lock, and the socket that a VMM makes where adit says (`carrier = "auto"`).
 const FILES: &[&str] = &[
     CONTROL_SOCKET,
     VHOST_SOCKET,
     RING_SOCKET,
     IVSHMEM_SOCKET,
+    HYBRID_SOCKET,
+    HYBRID_HOST_SOCKET,
     LOG,
     LOG_PAST,
     adit_port::born::NOTE,

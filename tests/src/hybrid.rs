@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicU64;
 
 use adit_channel::frame;
 use adit_channel::hello::{self, Common, Hello, HostKey, Open};
+use adit_channel::socket_end;
 use adit_guest_driver::conn::Conn;
 use adit_guest_driver::serve::{Identity, Server, blob};
 use adit_guest_driver::transport::Listen;
@@ -161,23 +162,22 @@ fn stream(mut host: UnixStream, guest: &Path, kind: Kind) {
         return;
     };
     std::thread::spawn(move || {
-        let end = copy(&from, &to);
-        let how = match (kind, end) {
-            (Kind::Keeps, Ok(())) => Shutdown::Write,
-            _ => Shutdown::Both,
-        };
+        let how = end(kind, &from, copy(&from, &to));
         let _ = to.shutdown(how);
         if how == Shutdown::Both {
             let _ = from.shutdown(how);
         }
     });
-    let end = copy(&agent, &host);
-    let how = match (kind, end) {
-        (Kind::Keeps, Ok(())) => Shutdown::Write,
-        // It sees no end before the agent has closed, which these threads cannot tell from an end; then it closes all.
+    let _ = host.shutdown(end(kind, &agent, copy(&agent, &host)));
+}
+
+/// What becomes of the other socket when the bytes of this one have ended.
+fn end(kind: Kind, of: &UnixStream, copied: io::Result<()>) -> Shutdown {
+    match (kind, copied) {
+        (Kind::Keeps, Ok(())) if !socket_end::is_closed(of) => Shutdown::Write,
+        // One that does not keep half-closes takes each end for this.
         _ => Shutdown::Both,
-    };
-    let _ = host.shutdown(how);
+    }
 }
 
 fn copy(mut from: &UnixStream, mut to: &UnixStream) -> io::Result<()> {

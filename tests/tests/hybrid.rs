@@ -240,8 +240,6 @@ fn r117_each_end_arrives_while_the_other_direction_goes_on() {
 fn r117_what_is_broken_off_on_one_side_is_reset_on_the_other() {
     let Some(bins) = bins() else { return };
     static ENDS: Mutex<Vec<Result<usize, ErrorKind>>> = Mutex::new(Vec::new());
-    // The scripted VMM that keeps half-closes passes a close on as an end, so only chunks can show the difference here.
-    let kind = Kind::Closes;
     let port = server(|mut guest| {
         match &word(&guest) {
             b"stop" => {
@@ -255,39 +253,41 @@ fn r117_what_is_broken_off_on_one_side_is_reset_on_the_other() {
             }
         };
     });
-    let world = World::serving(&bins, kind, port);
-    let vmm = world.vmm(kind);
-    let _agent = world.agent(&vmm);
-    // The guest's server breaks off.
-    let mut tunnel = world.tunnel();
-    tunnel.write_all(b"stop").unwrap();
-    let mut said = Vec::new();
-    let end = tunnel.read_to_end(&mut said).map_err(|e| e.kind());
-    assert!(b"half".starts_with(&said[..]), "{said:?}");
-    assert_eq!(end, Err(ErrorKind::ConnectionReset), "{kind:?}");
-    // The client does.
-    let mut tunnel = world.tunnel();
-    tunnel.write_all(b"wait").unwrap();
-    assert_eq!(&word(&tunnel), b"half");
-    socket_end::reset_on_close(&tunnel, true);
-    drop(tunnel);
-    let end = wait_for("the end at the guest's server", SOON, || {
-        Ok(ENDS.lock().unwrap().pop())
-    });
-    assert_eq!(end.unwrap(), Err(ErrorKind::ConnectionReset), "{kind:?}");
-    // So does the port process that is killed in the middle: neither side sees an end.
-    let mut tunnel = world.tunnel();
-    tunnel.write_all(b"wait").unwrap();
-    assert_eq!(&word(&tunnel), b"half");
-    let pid = i32::try_from(world.port_pid().unwrap()).unwrap();
-    let pid = nix::unistd::Pid::from_raw(pid);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-    let end = tunnel.read(&mut [0]).map_err(|e| e.kind());
-    assert_eq!(end, Err(ErrorKind::ConnectionReset), "{kind:?}");
-    let end = wait_for("the end at the guest's server", SOON, || {
-        Ok(ENDS.lock().unwrap().pop())
-    });
-    assert_eq!(end.unwrap(), Err(ErrorKind::ConnectionReset), "{kind:?}");
+    for kind in [Kind::Closes, Kind::Keeps] {
+        let world = World::serving(&bins, kind, port);
+        let vmm = world.vmm(kind);
+        let _agent = world.agent(&vmm);
+        // The guest's server breaks off.
+        let mut tunnel = world.tunnel();
+        tunnel.write_all(b"stop").unwrap();
+        let mut said = Vec::new();
+        let end = tunnel.read_to_end(&mut said).map_err(|e| e.kind());
+        assert!(b"half".starts_with(&said[..]), "{said:?}");
+        assert_eq!(end, Err(ErrorKind::ConnectionReset), "{kind:?}");
+        // The client does.
+        let mut tunnel = world.tunnel();
+        tunnel.write_all(b"wait").unwrap();
+        assert_eq!(&word(&tunnel), b"half");
+        socket_end::reset_on_close(&tunnel, true);
+        drop(tunnel);
+        let end = wait_for("the end at the guest's server", SOON, || {
+            Ok(ENDS.lock().unwrap().pop())
+        });
+        assert_eq!(end.unwrap(), Err(ErrorKind::ConnectionReset), "{kind:?}");
+        // So does the port process that is killed in the middle: neither side sees an end.
+        let mut tunnel = world.tunnel();
+        tunnel.write_all(b"wait").unwrap();
+        assert_eq!(&word(&tunnel), b"half");
+        let pid = i32::try_from(world.port_pid().unwrap()).unwrap();
+        let pid = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let end = tunnel.read(&mut [0]).map_err(|e| e.kind());
+        assert_eq!(end, Err(ErrorKind::ConnectionReset), "{kind:?}");
+        let end = wait_for("the end at the guest's server", SOON, || {
+            Ok(ENDS.lock().unwrap().pop())
+        });
+        assert_eq!(end.unwrap(), Err(ErrorKind::ConnectionReset), "{kind:?}");
+    }
 }
 
 #[test]
@@ -356,4 +356,82 @@ fn r59_a_process_of_the_guest_that_is_not_its_agent_gets_no_key() {
     // The agent's own stream and key are what they were.
     goes_on(&world.tunnel());
     drop(agent);
+}
+
+/// `carrier = "auto"`: no VMM, one with a socket for each stream, none, and the same again.
+#[test]
+fn whichever_way_there_is_is_taken_and_shown_with_its_reason() {
+    let Some(bins) = bins() else { return };
+    if std::path::Path::new("/sys/class/misc/vhost-vsock").exists() {
+        println!(
+            "skipped: this kernel has vhost_vsock, and no test makes a socket of AF_VSOCK on the machine itself"
+        );
+        return;
+    }
+    let port = echo();
+    let config = format!(
+        "[proxy]\nlisten = \"127.0.0.1:0\"\n[[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n\
+         [[vm]]\nname = \"a\"\ncid = 3\nallow = [{port}]\ncarrier = \"auto\"\n"
+    );
+    let host = Host::start_configured(&bins, &config).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World { host, dir, port };
+    let shown = |world: &World, way: Option<&str>, why: &str| {
+        let found = wait_for("the way", SOON, || {
+            let carrier = world.show()["carrier"].clone();
+            let reason = carrier["way_why"].as_str().unwrap_or_default().to_owned();
+            let is_it = carrier["way"].as_str() == way && reason.contains(why);
+            Ok(is_it.then_some(carrier))
+        });
+        found.unwrap_or_else(|e| panic!("{e:#}: {} {}", world.show(), world.host.port_log("a")))
+    };
+    let none = shown(
+        &world,
+        None,
+        "`auto`: nothing yet; no VMM is connected to vhost.sock; ",
+    );
+    assert!(
+        none["way_why"].as_str().unwrap().contains("vhost_vsock"),
+        "{none}"
+    );
+    assert_eq!(none["costs"], serde_json::Value::Null);
+    let text = world.host.adit(&["vm", "show", "a"]).unwrap();
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(
+        text.contains("reached by     `auto`: nothing yet"),
+        "{text}"
+    );
+    // The VMM makes its socket where the VM's own is.
+    let path = world.host.vm_dir("a").join("v.sock");
+    let vmm = Vmm::start(&path, Kind::Closes, &[port]).unwrap();
+    let hybrid = shown(
+        &world,
+        Some("hybrid"),
+        "`auto`: the VMM's socket is there; no VMM is connected",
+    );
+    assert_eq!(hybrid["hybrid"], path.display().to_string());
+    assert_eq!(hybrid["forbids"], serde_json::Value::Null);
+    let agent = world.agent(&vmm);
+    let tunnel = world.tunnel();
+    goes_on(&tunnel);
+    let text = world.host.adit(&["vm", "show", "a"]).unwrap();
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    for part in [
+        "reached by     hybrid; `auto`: ",
+        "costs          each byte is copied",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    // The next aditd finds what was chosen, and the tunnel has gone on.
+    world.host.kill();
+    goes_on(&tunnel);
+    drop(agent);
+    vmm.identity.admission.ended();
+    world.host.launch().unwrap();
+    let _agent = world.agent(&vmm);
+    shown(&world, Some("hybrid"), "`auto`: ");
+    goes_on(&world.tunnel());
+    goes_on(&tunnel);
+    // What its socket leaves behind goes with the VM's directory, so it is in nobody's way.
+    assert!(path.with_file_name("v.sock_741").exists());
 }

@@ -27,8 +27,50 @@ fn written(pieces: &[&[u8]], stop: Option<Stop>, most: usize) -> Vec<u8> {
     out
 }
 
-/// Reads in pieces of this length. Returns the payload, and what became of it.
+/// Reads in pieces of this length, whichever way. Returns the payload, and what became of it.
 fn read(bytes: &[u8], piece: usize) -> (Vec<u8>, Reader, Result<(), ChunkError>) {
+    let (payload, reader, outcome) = read_as_they_come(bytes, piece);
+    for only_head in [true, false] {
+        for room in [piece, 3, 1000] {
+            let (same, of_it, became) = read_apart(bytes, piece, room, only_head);
+            assert_eq!((&same, became), (&payload, outcome), "{only_head} {room}");
+            assert_eq!(of_it.stopped(), reader.stopped());
+            if outcome.is_ok() {
+                assert_eq!(of_it.end(), reader.end());
+            }
+        }
+    }
+    (payload, reader, outcome)
+}
+
+/// With the heads apart, at most so many bytes at a time, into a buffer of `room` bytes.
+fn read_apart(
+    mut bytes: &[u8],
+    piece: usize,
+    room: usize,
+    only_head: bool,
+) -> (Vec<u8>, Reader, Result<(), ChunkError>) {
+    let (mut reader, mut payload) = (Reader::default(), Vec::new());
+    let mut body = vec![0; room.max(1)];
+    while !bytes.is_empty() {
+        let (mut apart, mut came) = (Apart::default(), 0);
+        for part in apart.parts(&reader, &mut body, only_head) {
+            let n = part.len().min(bytes.len()).min(piece.max(1) - came);
+            part[..n].copy_from_slice(&bytes[..n]);
+            (bytes, came) = (&bytes[n..], came + n);
+        }
+        apart.came(came);
+        assert!(came > 0 && apart.is_any());
+        let (n, outcome) = reader.unwrap_apart(&apart, &mut body);
+        payload.extend(&body[..n]);
+        if let Err(e) = outcome {
+            return (payload, reader, Err(e));
+        }
+    }
+    (payload, reader, Ok(()))
+}
+
+fn read_as_they_come(bytes: &[u8], piece: usize) -> (Vec<u8>, Reader, Result<(), ChunkError>) {
     let (mut reader, mut payload) = (Reader::default(), Vec::new());
     for piece in bytes.chunks(piece.max(1)) {
         let mut piece = piece.to_vec();

@@ -20,7 +20,7 @@ use super::connect::{Answer, LINE_MAX, Step};
 use super::pipe::{Pipe, WORTH};
 use super::wire::Wire;
 use super::{BOTH, PAYLOAD_MAX, WINDOW, header, is_pause};
-use crate::chunk::{ChunkError, HEAD_LEN, Stop};
+use crate::chunk::{Apart, ChunkError, Stop};
 use crate::socket_end;
 
 /// An empty queue that is larger than this gives its memory back.
@@ -81,13 +81,22 @@ pub(super) struct Link {
     passed_on: u32,
     /// The engine has ended both directions at once: the stream is broken off, not finished.
     cut: bool,
+    /// See [`Options`](super::Options).
+    half_closes: bool,
+    /// The other end was closed when its end was found, without an end of ours before: whoever ends in order has not done that.
+    closed_at_once: bool,
     wire: Wire,
     /// Many bytes came at once, so the next are moved by a pipe.
     streams: bool,
 }
 
 impl Link {
-    pub(super) fn new(host_port: u32, guest_port: u32, phase: Phase, wire: Wire) -> Self {
+    pub(super) fn new(
+        (host_port, guest_port): (u32, u32),
+        phase: Phase,
+        wire: Wire,
+        half_closes: bool,
+    ) -> Self {
         Self {
             host_port,
             guest_port,
@@ -113,6 +122,8 @@ impl Link {
             engine_shut: 0,
             passed_on: 0,
             cut: false,
+            half_closes,
+            closed_at_once: false,
             wire,
             streams: false,
         }
@@ -292,7 +303,7 @@ impl Link {
     }
 
     /// Passes the ends that the engine has told on to the socket.
-    pub(super) fn pass_on_ends(&mut self, half_closes: bool) {
+    pub(super) fn pass_on_ends(&mut self) {
         if self.wire.writer().is_some() {
             return self.pass_on_stops();
         }
@@ -303,7 +314,7 @@ impl Link {
             due &= !SHUTDOWN_SEND;
         }
         // The host reads no more either, or the guest sends no more: then nothing is lost when the VMM takes it for a full close.
-        if !half_closes && self.engine_shut & SHUTDOWN_RCV == 0 && !self.ended {
+        if !self.half_closes && self.engine_shut & SHUTDOWN_RCV == 0 && !self.ended {
             due &= !SHUTDOWN_SEND;
         }
         let how = match due {
@@ -412,9 +423,9 @@ impl Link {
             return Some((self.header(Op::Rst), 0));
         }
         let shut = match (self.ended, self.hung_up) {
-            // One after the other: both at once would mean that the guest has broken the stream off. Where the VMM shows an end
-            // of sending only as a close, the two cannot be told apart, and most streams are finished.
-            (true, true) if self.our_shut & SHUTDOWN_SEND != 0 => BOTH,
+            // Both at once mean that the guest has broken the stream off. Otherwise one comes after the other. Where the VMM shows an
+            // end of sending only as a close, the two cannot be told apart, and most streams are finished.
+            (true, true) if self.closed_at_once || self.our_shut & SHUTDOWN_SEND != 0 => BOTH,
             (true, _) => SHUTDOWN_SEND,
             (false, _) => 0,
         };
@@ -491,9 +502,10 @@ impl Link {
         }
         while !self.broken && !self.ended && (self.readable || !self.early.is_empty()) {
             let piped = pipe.as_deref_mut().and_then(|pipe| self.pipe(pipe, most));
+            let mut apart = Apart::default();
             let got = match piped {
                 Some(got) => got,
-                None => self.receive(&mut body[..most]),
+                None => self.receive(&mut body[..most], &mut apart),
             };
             let n = match got {
                 Ok(0) => {
@@ -515,13 +527,27 @@ impl Link {
             if piped.is_some() {
                 return Some(n);
             }
-            let (payload, outcome) = self.wire.received(&mut body[..n]);
-            self.judge(outcome);
+            let payload = self.unwrap(n, &apart, &mut body[..most]);
             if payload > 0 {
                 return Some(payload);
             }
         }
         None
+    }
+
+    /// Leaves nothing but payload of so many bytes that were received. Returns its length.
+    fn unwrap(&mut self, n: usize, apart: &Apart, body: &mut [u8]) -> usize {
+        let (payload, outcome) = match apart.is_any() {
+            true => self.wire.received_apart(apart, body),
+            false => self.wire.received(&mut body[..n]),
+        };
+        self.judge(outcome);
+        let left = self.wire.reader().map_or(0, |reader| reader.left());
+        if payload == 0 && (1..WORTH).contains(&left) {
+            // Its head came alone, for a pipe, and it is not worth one.
+            self.streams = false;
+        }
+        payload
     }
 
     /// Takes the next bytes into a pipe. `None`: they are few, or may be more than payload.
@@ -544,8 +570,9 @@ impl Link {
         Some(got)
     }
 
-    /// The next bytes as they come. Behind the rest of a chunk at most a head is taken, so that nothing has to be moved.
-    fn receive(&mut self, body: &mut [u8]) -> Result<usize, Errno> {
+    /// The next bytes as they come. Where they are chunks the next head is read apart, so that nothing has to be moved, and alone where the
+    /// chunk behind it is to go through a pipe.
+    fn receive(&mut self, body: &mut [u8], apart: &mut Apart) -> Result<usize, Errno> {
         if !self.early.is_empty() {
             let n = body.len().min(self.early.len());
             for (to, byte) in body.iter_mut().zip(self.early.drain(..n)) {
@@ -556,35 +583,24 @@ impl Link {
         let Some(socket) = &self.socket else {
             return Err(Errno::EAGAIN);
         };
-        let (left, head_left) = match self.wire.reader() {
-            Some(reader) => (reader.left(), reader.head_left()),
-            None => (0, body.len()),
+        let (n, asked) = match self.wire.reader() {
+            None => {
+                let n = recv(socket.as_raw_fd(), body, MsgFlags::MSG_DONTWAIT)?;
+                (n, body.len())
+            }
+            Some(reader) => {
+                let parts = apart.parts(reader, body, self.streams);
+                let asked = parts.iter().map(|part| part.len()).sum();
+                let n = readv(socket, &mut parts.map(IoSliceMut::new))?;
+                apart.came(n);
+                (n, asked)
+            }
         };
-        if left == 0 && self.streams {
-            // The chunk behind it goes through a pipe.
-            let most = body.len().min(head_left);
-            return recv(
-                socket.as_raw_fd(),
-                &mut body[..most],
-                MsgFlags::MSG_DONTWAIT,
-            );
-        }
-        if left == 0 || left > body.len() {
-            let n = recv(socket.as_raw_fd(), body, MsgFlags::MSG_DONTWAIT)?;
+        // Few bytes say that the socket is empty, unless no more were asked for.
+        if n >= WORTH || n < asked {
             self.streams = n >= WORTH;
-            return Ok(n);
         }
-        let mut head = [0; HEAD_LEN];
-        let mut iov = [
-            IoSliceMut::new(&mut body[..left]),
-            IoSliceMut::new(&mut head),
-        ];
-        let n = readv(socket, &mut iov)?;
-        self.streams = n >= WORTH;
-        let of_head = n.saturating_sub(left);
-        // It is looked at behind the payload before it, which `received` is given next.
-        self.early.extend(&head[..of_head]);
-        Ok(n - of_head)
+        Ok(n)
     }
 
     /// Takes note of how the guest's direction has stopped, if it has.
@@ -607,6 +623,9 @@ impl Link {
             None => {
                 self.ended = true;
                 self.hung_up |= self.socket.as_ref().is_some_and(socket_end::is_closed);
+                // An agent that has finished closes only behind an end of ours.
+                let has_ended = self.passed_on & SHUTDOWN_SEND != 0;
+                self.closed_at_once = self.half_closes && self.hung_up && !has_ended;
             }
         }
     }
@@ -614,16 +633,13 @@ impl Link {
     /// Behind an end that a chunk has told there is an abort, or the end of the socket's bytes.
     fn look_behind_the_end(&mut self) {
         while self.ended && self.readable && !self.broken && self.wire.reader().is_some() {
-            let mut bytes = [0; HEAD_LEN];
-            match self.receive(&mut bytes) {
+            let mut apart = Apart::default();
+            match self.receive(&mut [], &mut apart) {
                 Ok(0) => {
                     self.readable = false;
                     self.stopped();
                 }
-                Ok(n) => {
-                    let (_, outcome) = self.wire.received(&mut bytes[..n]);
-                    self.judge(outcome);
-                }
+                Ok(n) => drop(self.unwrap(n, &apart, &mut [])),
                 Err(Errno::EAGAIN) => self.readable = false,
                 Err(Errno::EINTR) => {}
                 Err(_) => self.broken = true,

@@ -16,7 +16,7 @@
 //! | `fwd_cnt` | bytes that the socket has accepted |
 //! | credit of the engine | how much is read of a socket; the rest stays in it, and the VMM stops reading the guest |
 //! | SHUTDOWN of sending, from the guest | end of file |
-//! | SHUTDOWN of both, from the guest | end of file, and the socket accepts no bytes |
+//! | SHUTDOWN of both, from the guest | end of file, and the socket accepts no bytes, before we have ended our sending; only with [`Options::half_closes`] |
 //! | SHUTDOWN of sending, to the guest | `shutdown(SHUT_WR)`, if [`Options::half_closes`]; otherwise see there |
 //! | the same, behind a hello with [`CHUNKS`](hello::CHUNKS) | an end among the [chunks](crate::chunk), in both directions (`wire.rs`) |
 //!
@@ -225,8 +225,8 @@ impl<D: Door> Foreign<D> {
         })
     }
 
-    /// Number of streams.
-    fn open(&self) -> usize {
+    /// Number of streams, in whatever state.
+    pub fn streams(&self) -> usize {
         self.links.len() - self.free.len()
     }
 
@@ -255,7 +255,7 @@ impl<D: Door> Foreign<D> {
             }
             self.free.push(index);
         }
-        if self.attached && self.state.is_err() && self.open() == 0 {
+        if self.attached && self.state.is_err() && self.streams() == 0 {
             // It fails only when it is rung already.
             let _ = self.over.write(1);
         }
@@ -434,7 +434,8 @@ impl<D: Door> Foreign<D> {
 
     fn add_offered(&mut self, port: u32, guest_port: u32, socket: OwnedFd) {
         let phase = Phase::Offered { said: false };
-        let link = Link::new(port, guest_port, phase, Wire::Plain);
+        let half_closes = self.options.half_closes;
+        let link = Link::new((port, guest_port), phase, Wire::Plain, half_closes);
         // Dropped, it tells the guest that it is refused.
         let Some(index) = self.add(link) else { return };
         match self.connect(index, socket) {
@@ -478,7 +479,7 @@ impl<D: Door> Foreign<D> {
             Some(Op::CreditRequest) => link.owes_credit = true,
             Some(Op::CreditUpdate | Op::Request) | None => {}
         }
-        link.pass_on_ends(self.options.half_closes);
+        link.pass_on_ends();
         let has_packet = link.has_packet();
         self.watch(index);
         if has_packet {
@@ -497,7 +498,8 @@ impl<D: Door> Foreign<D> {
             true => Wire::offering(),
             false => Wire::Plain,
         };
-        let mut link = Link::new(h.src_port, h.dst_port, Phase::Dialing(ticket), wire);
+        let (pair, phase) = ((h.src_port, h.dst_port), Phase::Dialing(ticket));
+        let mut link = Link::new(pair, phase, wire, self.options.half_closes);
         link.credit(h);
         let Some(index) = self.add(link) else {
             // At most one for each stream of the engine.
@@ -511,17 +513,23 @@ impl<D: Door> Foreign<D> {
         }
     }
 
-    /// The change of the session that follows from what is known now.
-    fn session(&mut self) -> Option<SessionChange> {
+    /// Whether the VMM's socket is there, or the host's kernel has the VM.
+    pub fn is_there(&self) -> bool {
+        self.state.is_ok()
+    }
+
+    /// The change of the session that follows from what is known now, if it was not told yet. For whoever has torn it down, and takes it
+    /// up again.
+    pub fn session(&mut self) -> Option<SessionChange> {
         match (self.attached, &self.state) {
             // What the guest dials shows that its VMM is there, whatever was said of its socket.
-            (false, state) if state.is_ok() || self.open() > 0 => {
+            (false, state) if state.is_ok() || self.streams() > 0 => {
                 self.attached = true;
                 let epoch = self.epoch;
                 self.epoch += 1;
                 Some(SessionChange::Attached { epoch })
             }
-            (true, Err(_)) if self.open() == 0 => {
+            (true, Err(_)) if self.streams() == 0 => {
                 self.attached = false;
                 self.resets.clear();
                 Some(SessionChange::Lost(ResetReason::Epoch))
@@ -579,7 +587,7 @@ impl<D: Door> Carrier for Foreign<D> {
             };
             link.queued = false;
             link.flush();
-            link.pass_on_ends(self.options.half_closes);
+            link.pass_on_ends();
             let pipe = self.pipes.as_mut().map(|pipes| &mut pipes.from_guest);
             let packet = link.packet(&mut self.from_guest, pipe);
             self.watch(index);

@@ -6,7 +6,7 @@
 //! The guest's answer to the hello decides, and it is read here too, because what comes right behind it is chunks already. The host
 //! sends nothing between its hello and the answer, so its own chunks begin where the answer was read.
 
-use crate::chunk::{ChunkError, Reader, Stop, Writer};
+use crate::chunk::{Apart, ChunkError, Reader, Stop, Writer};
 use crate::hello::{CHUNKS, Hello, PREFIX_LEN, Prefix, TAIL_MAX};
 
 /// The bytes of both directions.
@@ -51,6 +51,19 @@ impl Wire {
         match self {
             Self::Chunks(both) => both.1.stopped(),
             Self::Plain | Self::Hello(_) => None,
+        }
+    }
+
+    /// As [`received`](Self::received), of bytes that were read with a head apart.
+    pub(super) fn received_apart(
+        &mut self,
+        apart: &Apart,
+        bytes: &mut [u8],
+    ) -> (usize, Result<(), ChunkError>) {
+        match self {
+            Self::Chunks(both) => both.1.unwrap_apart(apart, bytes),
+            // They are read as they come.
+            Self::Plain | Self::Hello(_) => (0, Ok(())),
         }
     }
 

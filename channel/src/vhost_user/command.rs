@@ -78,9 +78,14 @@ impl Link {
     /// Sends a command. Blocks while the shard's command queue is full.
     pub(super) fn post(&self, command: Command) -> Result<(), ShardGone> {
         self.commands.send(command).map_err(|_| ShardGone)?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Wakes the shard.
+    pub(super) fn wake(&self) {
         // The write fails only when the counter is full, and then the shard wakes anyway.
         let _ = self.waker.write(1);
-        Ok(())
     }
 
     /// Sends a command and waits for its answer.

@@ -21,6 +21,8 @@ pub(super) struct Control {
     pub(super) stop_event: EventFd,
     /// The connection, so that it can be cut off from outside.
     pub(super) current: Mutex<Option<Apart<UnixStream>>>,
+    /// There is one.
+    pub(super) connected: AtomicBool,
 }
 
 impl Control {
@@ -31,6 +33,7 @@ impl Control {
             release: AtomicBool::new(false),
             stop_event: EventFd::from_flags(flags)?,
             current: Mutex::new(None),
+            connected: AtomicBool::new(false),
         })
     }
 
@@ -53,6 +56,7 @@ impl Control {
     pub(super) fn set_current(&self, connection: Option<UnixStream>) {
         // Descriptors from its VMM may wait in this socket.
         let connection = connection.map(|fd| Apart::new(fd, &Closer::shared()));
+        self.connected.store(connection.is_some(), Ordering::SeqCst);
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = connection;
     }
 }

@@ -130,6 +130,11 @@ impl Handler {
         self.may_be_repeated = false;
     }
 
+    /// Has the carrier look whether there is a frontend.
+    pub(super) fn wake(&self) {
+        self.link.wake();
+    }
+
     /// Which descriptors are accepted as guest memory.
     pub(super) fn policy(&self) -> MemoryPolicy {
         self.policy

@@ -123,6 +123,8 @@ pub struct VhostUserCarrier {
     calls: Arc<Calls>,
     commands: Receiver<Command>,
     attached: bool,
+    /// There was a frontend when it was looked last.
+    had_frontend: bool,
     /// Kick descriptors that the device no longer uses. They stay open until the next burst begins, so that the shard
     /// can remove them from its epoll set. The frontend has duplicates, so a close alone would not remove them.
     retired: Vec<OwnedFd>,
@@ -152,6 +154,7 @@ impl VhostUserCarrier {
             calls: Arc::default(),
             commands,
             attached: false,
+            had_frontend: false,
             retired: Vec::new(),
             frontend: Frontend::spawn(config, sender)?,
         })
@@ -165,6 +168,11 @@ impl VhostUserCarrier {
     /// Returns true if a session is running or paused.
     pub fn is_attached(&self) -> bool {
         self.attached
+    }
+
+    /// Returns true if a frontend is connected, whether its guest's driver runs or not.
+    pub fn has_frontend(&self) -> bool {
+        self.frontend.is_connected()
     }
 
     /// Returns a value with which the frontend's connection can be released later.
@@ -271,7 +279,12 @@ impl Carrier for VhostUserCarrier {
             return self.device.woken(id);
         }
         drain(self.frontend.waker().as_fd());
-        let mut woken = Woken::default();
+        let has_frontend = self.has_frontend();
+        let mut woken = Woken {
+            obstacle_changed: std::mem::replace(&mut self.had_frontend, has_frontend)
+                != has_frontend,
+            ..Woken::default()
+        };
         while let Ok(command) = self.commands.try_recv() {
             self.apply(command, &mut woken);
             if woken.session.is_some() {

@@ -97,6 +97,10 @@ impl Frontend {
         self.control.clone()
     }
 
+    pub(super) fn is_connected(&self) -> bool {
+        self.control.connected.load(Ordering::SeqCst)
+    }
+
     /// Makes the carrier's command waker readable.
     pub(super) fn wake(&self) {
         // The write fails only when the counter is full, and then the eventfd is readable anyway.
@@ -150,7 +154,10 @@ impl Serving {
             };
             let Some(intake) = intake else { continue };
             match intake.socket().try_clone() {
-                Ok(clone) => self.control.set_current(Some(clone)),
+                Ok(clone) => {
+                    self.control.set_current(Some(clone));
+                    self.handler().wake();
+                }
                 Err(e) => {
                     tracing::warn!(vm = self.vm, error = %e, "cannot serve the vhost-user frontend");
                     continue;
@@ -207,6 +214,7 @@ impl Serving {
         let _ = intake.socket().shutdown(std::net::Shutdown::Both);
         drop(intake);
         self.control.set_current(None);
+        self.handler().wake();
         self.handler().disconnected();
         self.continuity.forget();
         match end {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use adit_api::{CarrierName, NewCarrier, NewHybrid, NewKernel, NewVm, NewVsock, Vm};
+use adit_api::{CarrierName, NewAutoAt, NewCarrier, NewHybrid, NewKernel, NewVm, NewVsock, Vm};
 use clap::{ArgGroup, Args};
 
 use super::show;
@@ -15,6 +15,7 @@ Examples:
   adit vm add web-3 --cid 5 --allow 80,22             # QEMU, or another VMM that speaks vhost-user
   adit vm add web-4 --hybrid /run/fc/web-4/v.sock     # Firecracker, Cloud Hypervisor
   adit vm add web-5 --vhost-vsock --cid 6             # the host's kernel: libvirt, or QEMU with vhost-vsock-pci
+  adit vm add web-6 --auto --cid 7                    # whichever of these there is, looked at again when its VMM comes
 
 `vhost-user` in the answer is the socket that its VMM connects to, and `costs` what that VMM cannot do with it. The VMs of aditd.toml need
 not be added.";
@@ -35,6 +36,10 @@ pub struct Add {
     /// Its VMM has a socket for each stream, as Firecracker and Cloud Hypervisor do, at this path
     #[arg(long, value_name = "PATH", group = WAY)]
     hybrid: Option<PathBuf>,
+    /// Whichever way there is: a ring, vhost-user, its CID in the host's kernel, or a VMM's socket: v.sock in the VM's directory, or
+    /// --hybrid
+    #[arg(long, conflicts_with_all = ["vhost_user", "ring", "vhost_vsock"])]
+    auto: bool,
     /// That VMM passes half-closes on: Cloud Hypervisor from June 2026 on, not Firecracker
     #[arg(long, requires = "hybrid")]
     half_closes: bool,
@@ -78,16 +83,21 @@ impl Add {
                 let message = format!("--hybrid: {} is no text", path.display());
                 return Err(Failure::new("usage", message).help("write it into aditd.toml"));
             };
-            return Ok(Some(NewCarrier::Hybrid(NewHybrid {
+            let hybrid = NewHybrid {
                 hybrid: hybrid.to_owned(),
                 half_closes: self.half_closes,
-            })));
+            };
+            return Ok(Some(match self.auto {
+                true => NewCarrier::AutoAt(NewAutoAt { auto: hybrid }),
+                false => NewCarrier::Hybrid(hybrid),
+            }));
         }
         if let (true, Some(cid)) = (self.vhost_vsock, self.cid) {
             let vsock = NewVsock { cid };
             return Ok(Some(NewCarrier::Kernel(NewKernel { vsock })));
         }
         let named = [
+            (self.auto, CarrierName::Auto),
             (self.vhost_user, CarrierName::VhostUser),
             (self.ring, CarrierName::Ring),
         ];

@@ -125,8 +125,14 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
         ]);
     }
     rows.push(["carrier".into(), carrier(&vm.carrier)]);
-    let why = vm.carrier.way.iter().zip(&vm.carrier.way_why);
-    rows.extend(why.map(|(way, why)| ["reached by".into(), format!("{way}; {why}")]));
+    let why = vm.carrier.way_why.iter();
+    rows.extend(why.map(|why| {
+        let said = match &vm.carrier.way {
+            Some(way) => format!("{way}; {why}"),
+            None => why.clone(),
+        };
+        ["reached by".into(), said]
+    }));
     let costs = vm.carrier.costs.iter();
     rows.extend(costs.map(|costs| ["costs".into(), costs.clone()]));
     if !vm.pending.is_empty() {
@@ -255,12 +261,12 @@ fn clock(ahead_ms: i64) -> String {
 /// `ring: both sides use the ring`, `vsock: no VMM has handed a ring over`.
 fn carrier(carrier: &Carrier) -> String {
     let kind = match (&carrier.hybrid, carrier.kind) {
+        (_, CarrierKind::Ring) => "ring",
         (Some(path), _) => &format!("hybrid {path}"),
         (None, _) if let Some(cid) = carrier.kernel_cid => {
             &format!("AF_VSOCK of the kernel, CID {cid}")
         }
         (None, CarrierKind::Vsock) => "vsock",
-        (None, CarrierKind::Ring) => "ring",
     };
     match carrier.why.as_str() {
         "" => kind.to_owned(),

@@ -13,6 +13,8 @@ pub enum NewCarrier {
     Hybrid(NewHybrid),
     /// By AF_VSOCK of the host's kernel.
     Kernel(NewKernel),
+    /// By whichever way there is, as [`CarrierName::Auto`], with the VMM's socket elsewhere than in the VM's directory.
+    AutoAt(NewAutoAt),
 }
 
 /// Carriers without parameters.
@@ -20,9 +22,10 @@ pub enum NewCarrier {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CarrierName {
-    /// What the VMM brings: vhost-user, and a ring where it offers one.
+    /// By whichever way there is, in this order: a ring, a VMM that connects by vhost-user, a VM with its CID in the host's kernel, the
+    /// socket `v.sock` of a VMM in the VM's directory. Whoever may open the kernel's `/dev/vhost-vsock` can be this VM.
     Auto,
-    /// The same, said.
+    /// What the VMM brings: vhost-user, and a ring where it offers one.
     VhostUser,
     /// The same, and that there is no ring is a fault.
     Ring,
@@ -38,6 +41,15 @@ pub struct NewHybrid {
     /// The VMM passes a half-close on.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub half_closes: bool,
+}
+
+/// Whichever way there is.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewAutoAt {
+    /// The VMM's socket, if it turns out to have one for each stream.
+    pub auto: NewHybrid,
 }
 
 /// A VM whose streams the host's kernel carries, as QEMU and libvirt have it.
@@ -70,7 +82,15 @@ mod tests {
                 half_closes,
             })
         };
+        let auto_at = NewCarrier::AutoAt(NewAutoAt {
+            auto: NewHybrid {
+                hybrid: "/a/v.sock".into(),
+                half_closes: false,
+            },
+        });
         for (text, carrier) in [
+            (r#""auto""#, NewCarrier::Named(CarrierName::Auto)),
+            (r#"{"auto":{"hybrid":"/a/v.sock"}}"#, auto_at),
             (r#""vhost-user""#, NewCarrier::Named(CarrierName::VhostUser)),
             (r#""ring""#, NewCarrier::Named(CarrierName::Ring)),
             (r#"{"hybrid":"/a/v.sock"}"#, hybrid(false)),

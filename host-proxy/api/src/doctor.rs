@@ -17,7 +17,7 @@ pub const USERS_UNKNOWN: &str = "`modprobe tcp_diag` (a kernel with CONFIG_INET_
 /// What to do about a guest that has no key of a manager.
 pub const NO_GOAL_KEYS: &str = "it runs no task; put a key into the guest's trust_dir";
 /// What to do about a VM that is to have a ring, and has none.
-const NO_RING: &str = "give the VM the memory of a ring, as docs/which-carrier.md has it, or set `carrier = \"auto\"`; until then its services go over \
+const NO_RING: &str = "give the VM the memory of a ring, as docs/which-carrier.md has it, or set `carrier = \"vhost-user\"`; until then its services go over \
                        vsock";
 /// What to do about a socket that is found and not used.
 const NOT_FOUND: &str = "mend owner and mode, or the name: docs/with-your-vmm.md has the rules; aditd looks again by itself";
@@ -258,6 +258,16 @@ fn channel(vm: &Vm) -> Vec<Finding> {
                  and `modprobe vhost_vsock` brings it"
             ),
         ),
+        (_, Some(false)) if let (None, Some(why)) = (&vm.carrier.way, &vm.carrier.way_why) => {
+            failed(
+                "VMM",
+                why,
+                format!(
+                    "start the VM; its vsock device must connect to {}, be the host kernel's with CID {}, or have its own socket where that is looked for",
+                    vm.vhost_socket, vm.cid
+                ),
+            )
+        }
         (_, Some(false)) => failed(
             "VMM",
             "none is connected",
@@ -305,7 +315,8 @@ fn carrier(vm: &Vm) -> Finding {
         return failed("carrier", why, NO_RING);
     }
     let Some(way) = &carrier.way else {
-        return unknown("carrier", "this aditd does not say");
+        let why = carrier.way_why.as_deref();
+        return unknown("carrier", why.unwrap_or("this aditd does not say"));
     };
     let why = carrier.way_why.iter();
     let said = [way].into_iter().chain(why).map(String::as_str);

@@ -65,7 +65,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use carrier::{CarrierName, NewCarrier, NewHybrid, NewKernel, NewVsock};
+pub use carrier::{CarrierName, NewAutoAt, NewCarrier, NewHybrid, NewKernel, NewVsock};
 pub use event::{HostEvent, HostEventKind};
 pub use state::{TaskState, VmState};
 
@@ -453,10 +453,11 @@ pub struct Carrier {
     pub kind: CarrierKind,
     /// Why.
     pub why: String,
-    /// The way to the guest: `vhost-user`, `device` (the VMM's own), `hybrid`; a later aditd may have others.
+    /// The way to the guest: `vhost-user`, `device` (the VMM's own), `vhost-vsock` (the host's kernel), `hybrid`; a later aditd may have
+    /// others. None: of a VM that takes whichever there is (`auto`), there is none yet.
     #[serde(default)]
     pub way: Option<String>,
-    /// Who has chosen that way, and as what.
+    /// Who has chosen that way, and as what. With `auto`: why it is this one, and what of those before it is missing.
     #[serde(default)]
     pub way_why: Option<String>,
     /// What the VMM cannot do with the VM because of it: `migration`, `savevm`.
@@ -505,7 +506,7 @@ pub struct NewVm {
     #[serde(default, skip_serializing_if = "is_zero")]
     #[cfg_attr(feature = "openapi", schema(minimum = 0, maximum = 4_294_967_294_i64))]
     pub cid: u64,
-    /// How its guest is reached; none: `auto`.
+    /// How its guest is reached; none: `vhost-user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub carrier: Option<NewCarrier>,
     /// Guest TCP ports that may be reached.

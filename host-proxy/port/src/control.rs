@@ -39,6 +39,7 @@
 //!   BegunAnew{port, guest_port} ───────────▶  streams that are older than this one end
 //!   ◀──────────────────────── Incoming{port} + 1 fd     (the guest dialled a port that aditd serves)
 //!   ◀─────────────────────────── Ring (after connecting, and on every change)
+//!   ◀─────────────────────────── Way (the same, with `--auto`; ahead of what the guest dials by it)
 //!
 //!   ◀──────────────── Handover{seq, record} + all its descriptors   (after connecting, and whenever the frontend changed them)
 //!   Kept{seq} ─────────────────────────────▶  the frontend gets its answer
@@ -110,6 +111,11 @@ pub const VHOST_SOCKET: &str = "vhost.sock";
 pub const RING_SOCKET: &str = "ring.sock";
 /// Name of the ivshmem socket in the VM's directory.
 pub const IVSHMEM_SOCKET: &str = "ivshmem.sock";
+/// Name of a VMM's own socket in the VM's directory, where the port process looks for one by itself (`--auto`). What the guest dials
+/// arrives beside it.
+pub const HYBRID_SOCKET: &str = "v.sock";
+/// Where that is.
+pub const HYBRID_HOST_SOCKET: &str = "v.sock_741";
 /// Name of the lock in the VM's directory: whoever serves the VM holds it.
 pub const LOCK: &str = "lock";
 /// Name of the note in the VM's directory that says which VMM is connected.
@@ -480,4 +486,14 @@ pub struct Ring {
     pub rtt_ns: (u64, u64),
     /// Open streams over the ring.
     pub streams: u32,
+}
+
+/// Which way to the guest a port process has chosen (`--auto`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Way {
+    /// 0 none yet, 1 a VMM that connects by vhost-user, 2 the host's kernel, 3 the socket of a VMM that has one for each stream. Others mean
+    /// none.
+    pub way: u8,
+    /// The reason, for people.
+    pub why: String,
 }

@@ -321,6 +321,10 @@ mod tests {
                 ring: 6,
             }),
             Message::Stuck(Stuck { reason: "x".into() }),
+            Message::Way(Way {
+                way: 2,
+                why: "a VM has the CID".into(),
+            }),
             Message::Held(Held {}),
         ] {
             for n in [*m.descriptors().start(), *m.descriptors().end()] {

@@ -16,6 +16,7 @@
 //!
 //! Messages are packets of a `SOCK_SEQPACKET` pair. Both ends are of one build: the doorkeeper is the same program.
 
+mod again;
 mod confine;
 pub mod keeper;
 mod kernel;
@@ -52,9 +53,19 @@ const GONE: u8 = 7;
 #[derive(Clone, Copy, Debug)]
 pub enum Behind<'a> {
     /// A VMM that has a socket for each stream.
-    Socket(&'a Path),
-    /// The VM with this CID, through the host's kernel.
-    Kernel(u32),
+    Socket {
+        /// Its socket.
+        path: &'a Path,
+        /// The directory is the VM's own, and stays.
+        stays: bool,
+    },
+    /// A VM, through the host's kernel.
+    Kernel {
+        /// Its CID.
+        cid: u32,
+        /// It counts as there only where that can be seen: otherwise another way is taken.
+        only_seen: bool,
+    },
 }
 
 /// A dial, as the doorkeeper gets it: ticket, port.
@@ -93,8 +104,14 @@ impl DoorLink {
         let mut command = Command::new("/proc/self/exe");
         command.arg(keeper::COMMAND);
         match behind {
-            Behind::Socket(path) => command.arg("--socket").arg(path),
-            Behind::Kernel(cid) => command.arg("--cid").arg(cid.to_string()),
+            Behind::Socket { path, stays } => {
+                command.arg("--socket").arg(path);
+                command.args(stays.then_some("--stays"))
+            }
+            Behind::Kernel { cid, only_seen } => {
+                command.arg("--cid").arg(cid.to_string());
+                command.args(only_seen.then_some("--only-seen"))
+            }
         };
         for port in ports {
             command.arg("--serve-port").arg(port.to_string());

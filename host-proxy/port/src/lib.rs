@@ -6,6 +6,7 @@
 //! | `process` | the loop: control frames, notices of the port, status |
 //! | `rings` | how the port gets rings: the attach socket, ivshmem, a VMM in this process |
 //! | `keep` | sends what a successor needs to `aditd` |
+//! | `ways`, `auto` | which way to the guest is taken where the configuration leaves it open, and the carrier that takes it |
 //! | `door` | the sockets to a VMM that has one for each stream, and the process that opens them |
 //! | `place` | the VM's directory: lock, sockets |
 //! | `born` | identifies a process by pid and start time |
@@ -14,6 +15,8 @@
 //! | `vmm` | lets a VMM with the device in its own process be its VM's port process (feature `vmm`) |
 //! | `log` | lines to stderr, limited and escaped |
 
+#[cfg(feature = "shell")]
+pub mod auto;
 pub mod born;
 pub mod control;
 pub mod control_io;
@@ -35,3 +38,4 @@ pub mod rings;
 pub mod sandbox;
 #[cfg(feature = "vmm")]
 pub mod vmm;
+pub mod ways;

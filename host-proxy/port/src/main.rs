@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use adit_channel::carrier::Carrier;
 use adit_channel::device::GuestCid;
 use adit_channel::foreign::{self, Foreign};
 use adit_channel::hello;
@@ -16,8 +17,9 @@ use adit_channel::socket_path;
 use adit_channel::vhost_user::{self, MemoryPolicy, VhostUserCarrier, VhostUserConfig};
 use adit_names::VmId;
 use adit_passed::{Closer, Passed};
+use adit_port::auto::Auto;
 use adit_port::control_io::{Message, receive_passed};
-use adit_port::door::{Behind, DoorLink, WithOffers, keeper};
+use adit_port::door::{Behind, DoorLink, Offers, WithOffers, keeper};
 use adit_port::keep::{Keeping, Note};
 use adit_port::log;
 use adit_port::place::Place;
@@ -52,8 +54,11 @@ struct Args {
     #[arg(long, requires = "hybrid")]
     half_closes: bool,
     /// Reach the guest through the host's kernel (vhost_vsock), and not by vhost-user. What the guest dials comes from aditd.
-    #[arg(long, conflicts_with = "hybrid")]
+    #[arg(long)]
     vsock: bool,
+    /// Take whichever way there is: vhost-user, and those of --vsock and --hybrid that are given, in this order.
+    #[arg(long)]
+    auto: bool,
     /// Host port that the guest may dial; repeat for more.
     #[arg(long = "serve-port", value_name = "PORT", default_values_t = [hello::PORT])]
     serve_ports: Vec<u32>,
@@ -121,8 +126,12 @@ fn doorkeeper() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<()> {
     // Landlock applies to the calling thread and its children, so no thread may exist yet.
     Closer::shared().hold();
+    anyhow::ensure!(
+        args.auto || args.hybrid.is_none() || !args.vsock,
+        "--hybrid and --vsock are two ways: choose one, or add --auto"
+    );
     let place = Place::prepare(&args.dir)?;
-    if args.hybrid.is_some() || args.vsock {
+    if !args.auto && (args.hybrid.is_some() || args.vsock) {
         // No VMM and no ring connects to these.
         place.withdraw(&args.dir)?;
     }
@@ -136,16 +145,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     let (boot_nonce, seed) = random.split_at(16);
     // It keeps the rights that this process gives up.
     let guest_cid = GuestCid::new(args.cid).context("CID is reserved: use 3 to 4294967294")?;
-    let behind = match &args.hybrid {
-        Some(path) => Some(Behind::Socket(path)),
-        None if args.vsock => Some(Behind::Kernel(u32::try_from(args.cid)?)),
-        None => None,
-    };
-    let door = behind.map(|behind| {
-        DoorLink::start(behind, &args.serve_ports, Closer::shared())
-            .context("cannot start the doorkeeper")
-    });
-    let door = door.transpose()?;
+    let doors = Doors::start(&args)?;
     // The guest comes after this. Give up rights and files before its thread exists, and system calls after.
     let ring_bytes = args.ivshmem_mib << 20;
     if !privilege::give_up(args.uid, ring_bytes as u64).context("cannot give up privileges")? {
@@ -165,8 +165,15 @@ fn run(args: Args) -> anyhow::Result<()> {
         boot_nonce: boot_nonce.try_into()?,
         vmm: false,
     };
-    if let Some(door) = door {
-        return serve_foreign(&args, door, options, place, left, stop);
+    let of = Served {
+        options,
+        live: left.live.clone(),
+        control: place.control,
+        stop,
+    };
+    if !args.auto && doors.is_any() {
+        let (foreign, offers) = doors.carrier(&args, &of)?;
+        return serve_foreign(of, foreign, offers, left.note);
     }
     let mut config = VhostUserConfig::new(place.vhost, guest_cid, args.name.to_string());
     if args.allow_any_memory {
@@ -180,10 +187,9 @@ fn run(args: Args) -> anyhow::Result<()> {
     config.keeper = Some(Box::new(keeper));
     let carrier = VhostUserCarrier::new(config).context("cannot serve vhost.sock")?;
     keeping.set_releaser(carrier.releaser());
-    let control = place.control;
     let (rings, inbox) = rings::channel().context("cannot take rings")?;
     let mut sockets = RingSockets::new(
-        options.vm.clone(),
+        of.options.vm.clone(),
         place.ring,
         place.ivshmem,
         ring_bytes,
@@ -191,41 +197,149 @@ fn run(args: Args) -> anyhow::Result<()> {
     )?;
     sockets.resume(left.ring);
     sockets.spawn().context("cannot serve ring.sock")?;
-    let process = Process::new(options, carrier, left.live, keeping, control, stop)?;
-    let mut process = process.with_rings(inbox)?;
+    if !args.auto {
+        return serve(of.process(carrier, keeping)?.with_rings(inbox)?);
+    }
+    // Its thread must be there before the last right to make one is gone.
+    Closer::shared().prepare();
+    let first_epoch = left.live.epoch() + 1;
+    let (auto, offers) = doors.auto(&args, carrier, first_epoch)?;
+    let ways = auto.ways();
+    let mut process = of
+        .process(auto, keeping)?
+        .with_rings(inbox)?
+        .with_ways(ways);
+    if let Some(offers) = offers {
+        process = process.with_offers(offers);
+    }
+    serve(process)
+}
+
+/// What every kind of carrier is served with.
+struct Served {
+    options: Options,
+    live: Arc<LiveFile>,
+    control: OwnedFd,
+    stop: OwnedFd,
+}
+
+impl Served {
+    fn process<C: Carrier>(self, carrier: C, keeping: Keeping) -> anyhow::Result<Process<C>> {
+        let Self {
+            options,
+            live,
+            control,
+            stop,
+        } = self;
+        Ok(Process::new(
+            options, carrier, live, keeping, control, stop,
+        )?)
+    }
+}
+
+/// Serves a VM whose VMM, or whose host's kernel, has a socket for each stream. It has no ring, and nothing of it outlives this process.
+fn serve_foreign(
+    of: Served,
+    carrier: Foreign<AtDoor>,
+    offers: Option<Offers>,
+    mut note: Note,
+) -> anyhow::Result<()> {
+    note.clear();
+    let keeping = Keeping::new(of.live.clone(), note, None);
+    let (keeping, _) = keeping.context("cannot keep state for a successor")?;
+    // Its thread must be there before the last right to make one is gone.
+    Closer::shared().prepare();
+    let mut process = of.process(carrier, keeping)?;
+    if let Some(offers) = offers {
+        process = process.with_offers(offers);
+    }
+    serve(process)
+}
+
+fn serve<C: Carrier>(mut process: Process<C>) -> anyhow::Result<()> {
     sandbox::lock_calls().context("cannot enter the sandbox")?;
     tracing::info!(pid = std::process::id(), "serving");
     process.run().context("the loop ended")
 }
 
-/// Serves a VM whose VMM, or whose host's kernel, has a socket for each stream. It has no ring, and nothing of it outlives this process.
-fn serve_foreign(
-    args: &Args,
+/// Doorkeepers: they keep the rights that this process gives up.
+struct Doors {
+    /// Of the host's kernel.
+    kernel: Option<DoorLink>,
+    /// Of a VMM's socket.
+    hybrid: Option<DoorLink>,
+}
+
+type AtDoor = WithOffers<DoorLink>;
+
+impl Doors {
+    fn start(args: &Args) -> anyhow::Result<Self> {
+        let start = |behind| {
+            DoorLink::start(behind, &args.serve_ports, Closer::shared())
+                .context("cannot start the doorkeeper")
+        };
+        let cid = u32::try_from(args.cid)?;
+        let kernel = args.vsock.then_some(Behind::Kernel {
+            cid,
+            only_seen: args.auto,
+        });
+        let hybrid = args.hybrid.as_deref().map(|path| Behind::Socket {
+            path,
+            stays: path.parent() == Some(&args.dir),
+        });
+        Ok(Self {
+            kernel: kernel.map(start).transpose()?,
+            hybrid: hybrid.map(start).transpose()?,
+        })
+    }
+
+    fn is_any(&self) -> bool {
+        self.kernel.is_some() || self.hybrid.is_some()
+    }
+
+    /// The only one, as a carrier.
+    fn carrier(
+        self,
+        args: &Args,
+        of: &Served,
+    ) -> anyhow::Result<(Foreign<AtDoor>, Option<Offers>)> {
+        let is_kernel = self.kernel.is_some();
+        let door = self.kernel.or(self.hybrid).context("there is no door")?;
+        let (carrier, offers) = foreign(door, args, is_kernel, of.live.epoch() + 1)?;
+        Ok((carrier, is_kernel.then_some(offers)))
+    }
+
+    /// All of them, and the device.
+    fn auto(
+        self,
+        args: &Args,
+        device: VhostUserCarrier,
+        first_epoch: u64,
+    ) -> anyhow::Result<(Auto<VhostUserCarrier, AtDoor>, Option<Offers>)> {
+        let kernel = self.kernel.map(|door| foreign(door, args, true, 1));
+        let (kernel, offers) = kernel.transpose()?.unzip();
+        let hybrid = self.hybrid.map(|door| foreign(door, args, false, 1));
+        let hybrid = hybrid.transpose()?.map(|(carrier, _)| carrier);
+        let auto = Auto::new(device, kernel, hybrid, first_epoch)
+            .context("cannot serve the VMM's streams")?;
+        Ok((auto, offers))
+    }
+}
+
+fn foreign(
     door: DoorLink,
-    options: Options,
-    place: Place,
-    mut left: Left,
-    stop: OwnedFd,
-) -> anyhow::Result<()> {
-    left.note.clear();
-    let keeping = Keeping::new(left.live.clone(), left.note, None);
-    let (keeping, _) = keeping.context("cannot keep state for a successor")?;
-    // Its thread must be there before the last right to make one is gone.
-    Closer::shared().prepare();
-    let with = foreign::Options {
+    args: &Args,
+    is_kernel: bool,
+    first_epoch: u64,
+) -> anyhow::Result<(Foreign<AtDoor>, Offers)> {
+    let options = foreign::Options {
         // AF_VSOCK passes them on.
-        half_closes: args.half_closes || args.vsock,
+        half_closes: is_kernel || args.half_closes,
     };
     let (door, offers) = WithOffers::new(door).context("cannot serve the VMM's streams")?;
-    let carrier = Foreign::new(door, with, left.live.epoch() + 1)
-        .context("cannot serve the VMM's streams")?;
-    let mut process = Process::new(options, carrier, left.live, keeping, place.control, stop)?;
-    if args.vsock {
-        process = process.with_offers(offers);
-    }
-    sandbox::lock_calls().context("cannot enter the sandbox")?;
-    tracing::info!(pid = std::process::id(), "serving");
-    process.run().context("the loop ended")
+    let carrier =
+        Foreign::new(door, options, first_epoch).context("cannot serve the VMM's streams")?;
+    Ok((carrier, offers))
 }
 
 /// What a predecessor left for this process.

@@ -31,7 +31,8 @@ use adit_print::with_causes;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, accept4, socketpair};
 
-use crate::control::{DIALS_MAX, Incoming, RING_PEER_PORT, Status};
+use crate::auto::Ways;
+use crate::control::{DIALS_MAX, Incoming, RING_PEER_PORT, Status, Way};
 use crate::control_io::{ControlError, Message, receive, send_all};
 use crate::door::Offers;
 use crate::keep::Keeping;
@@ -101,6 +102,11 @@ pub struct Process<C: Carrier> {
     keyed: u64,
     /// Where streams go that `aditd` has accepted of the guest; none: the guest's come by another way.
     offers: Option<Offers>,
+    /// Which way to the guest was chosen, where that is this process' matter.
+    ways: Option<Ways>,
+    /// Its number.
+    way: u8,
+    said_way: Option<Way>,
     listener: OwnedFd,
     /// A reserve descriptor. It is closed to accept `aditd`'s next connection when tunnels use all others.
     spare: Option<OwnedFd>,
@@ -181,6 +187,9 @@ impl<C: Carrier> Process<C> {
             key: None,
             keyed: 0,
             offers: None,
+            ways: None,
+            way: 0,
+            said_way: None,
             listener: control,
             spare: Some(stop.try_clone()?),
             stop,
@@ -203,6 +212,13 @@ impl<C: Carrier> Process<C> {
     #[must_use]
     pub fn with_offers(mut self, offers: Offers) -> Self {
         self.offers = Some(offers);
+        self
+    }
+
+    /// Tells `aditd` which way to the guest was chosen.
+    #[must_use]
+    pub fn with_ways(mut self, ways: Ways) -> Self {
+        self.ways = Some(ways);
         self
     }
 
@@ -249,6 +265,7 @@ impl<C: Carrier> Process<C> {
         }
         self.log_faulted();
         self.say_status();
+        self.say_way();
         self.say_ring();
         self.say_kept();
         self.say_ends();
@@ -309,6 +326,7 @@ impl<C: Carrier> Process<C> {
         tracing::info!("aditd connected");
         self.said = None;
         self.said_ring = None;
+        self.said_way = None;
         for pace in [
             &mut self.status_pace,
             &mut self.ring_pace,
@@ -502,6 +520,7 @@ impl<C: Carrier> Process<C> {
             | Message::Handover(_)
             | Message::Stuck(_)
             | Message::Ring(_)
+            | Message::Way(_)
             | Message::Held(_)
             | Message::Features(_)
             | Message::Tunnels(_)
@@ -536,7 +555,7 @@ impl<C: Carrier> Process<C> {
                 self.stream_closed((port, stream));
             }
             // The status says it.
-            Notice::Obstacle => {}
+            Notice::Obstacle => self.say_way(),
             Notice::Session { epoch } if port != self.port => self.ring_session(epoch),
             Notice::Session { epoch } => {
                 tracing::info!(
@@ -545,6 +564,8 @@ impl<C: Carrier> Process<C> {
                     if epoch.is_some() { "on" } else { "off" }
                 );
                 self.last_epoch = epoch.unwrap_or(self.last_epoch);
+                // Ahead of what the guest dials.
+                self.say_way();
                 if epoch.is_some() {
                     self.keeping.accepted();
                 }

@@ -76,6 +76,23 @@ pub fn lock_to(allowed: Rules, refused: Rules, errno: i32) -> Result<(), Sandbox
 /// System calls by number. Each has the allowed forms of its arguments; no forms: any arguments are allowed.
 pub type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
+/// Memory of its own, who it is, and the end: calls of every process that is confined.
+pub const ALWAYS: [i64; 13] = [
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_getrandom,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigaction,
+    libc::SYS_sigaltstack,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+];
+
 fn compile(
     mismatch: SeccompAction,
     matched: SeccompAction,
@@ -125,27 +142,13 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_eventfd2,
         // Memory for a ring: its file has no name.
         libc::SYS_ftruncate,
-        // Memory.
-        libc::SYS_munmap,
-        libc::SYS_mremap,
-        libc::SYS_madvise,
-        libc::SYS_brk,
         libc::SYS_membarrier,
-        libc::SYS_getrandom,
         // A starting thread needs these, and the frontend's thread may still be starting.
         libc::SYS_rseq,
         libc::SYS_set_robust_list,
         libc::SYS_sched_getaffinity,
-        // End.
-        libc::SYS_exit,
-        libc::SYS_exit_group,
-        libc::SYS_rt_sigreturn,
-        libc::SYS_rt_sigprocmask,
-        libc::SYS_rt_sigaction,
-        libc::SYS_sigaltstack,
-        libc::SYS_getpid,
-        libc::SYS_gettid,
     ];
+    calls.extend(ALWAYS);
     #[cfg(target_arch = "x86_64")]
     calls.extend([libc::SYS_epoll_wait, libc::SYS_poll]);
     let mut rules: Rules = calls.into_iter().map(|call| (call, vec![])).collect();

@@ -341,6 +341,15 @@ fn messages() -> Vec<(Message, u8, u8, Vec<u8>)> {
             .concat(),
         ),
         (Message::Held(Held {}), 23, ignorable, vec![]),
+        (
+            Message::Way(Way {
+                way: 3,
+                why: "up".into(),
+            }),
+            27,
+            ignorable,
+            [&[3][..], &text("up")].concat(),
+        ),
     ];
     let errors = [
         DialError::NoSession,

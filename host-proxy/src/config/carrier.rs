@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use adit_api::{CarrierName, NewCarrier};
+use adit_api::{CarrierName, NewCarrier, NewHybrid};
 use adit_channel::socket_path;
 use serde::{Deserialize, Serialize};
 
@@ -18,15 +18,17 @@ pub enum CarrierConfig {
     Hybrid(Hybrid),
     /// AF_VSOCK of the host's kernel.
     Kernel(Kernel),
+    /// Whichever there is, with the VMM's socket elsewhere than in the VM's directory.
+    AutoAt(AutoAt),
 }
 
 /// Carriers without parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Named {
-    /// What the VMM brings: vhost-user, and a ring where it offers one.
+    /// Whichever there is: a ring, vhost-user, the host's kernel, a socket of the VMM's in the VM's directory.
     Auto,
-    /// The same, said.
+    /// What the VMM brings: vhost-user, and a ring where it offers one. A VM that says nothing has this.
     VhostUser,
     /// The same, and that there is no ring is a fault.
     Ring,
@@ -43,6 +45,23 @@ pub struct Hybrid {
     pub half_closes: bool,
 }
 
+/// Whichever way there is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AutoAt {
+    /// The VMM's socket, if it has one for each stream.
+    pub auto: Hybrid,
+}
+
+impl From<NewHybrid> for Hybrid {
+    fn from(new: NewHybrid) -> Self {
+        Self {
+            hybrid: new.hybrid.into(),
+            half_closes: new.half_closes,
+        }
+    }
+}
+
 impl From<NewCarrier> for CarrierConfig {
     fn from(new: NewCarrier) -> Self {
         match new {
@@ -50,9 +69,9 @@ impl From<NewCarrier> for CarrierConfig {
             NewCarrier::Named(CarrierName::VhostUser) => Self::Named(Named::VhostUser),
             NewCarrier::Named(CarrierName::Ring) => Self::Named(Named::Ring),
             NewCarrier::Kernel(new) => Self::of_kernel(new.vsock.cid),
-            NewCarrier::Hybrid(new) => Self::Hybrid(Hybrid {
-                hybrid: new.hybrid.into(),
-                half_closes: new.half_closes,
+            NewCarrier::Hybrid(new) => Self::Hybrid(new.into()),
+            NewCarrier::AutoAt(new) => Self::AutoAt(AutoAt {
+                auto: new.auto.into(),
             }),
         }
     }
@@ -83,20 +102,22 @@ pub enum Way<'a> {
     Hybrid(&'a Hybrid),
     /// The host's kernel, to this CID.
     Kernel(u32),
+    /// Whichever there is. The VMM's socket is there; none: in the VM's directory.
+    Auto(Option<&'a Hybrid>),
 }
 
 impl Default for CarrierConfig {
     fn default() -> Self {
-        Self::Named(Named::Auto)
+        Self::Named(Named::VhostUser)
     }
 }
 
 impl CarrierConfig {
-    /// The sockets of a VMM that has one for each stream.
+    /// The sockets of a VMM that has one for each stream, if a path is said.
     pub fn hybrid(&self) -> Option<&Hybrid> {
         match self.way() {
-            Way::Hybrid(hybrid) => Some(hybrid),
-            Way::Device | Way::Kernel(_) => None,
+            Way::Hybrid(hybrid) | Way::Auto(Some(hybrid)) => Some(hybrid),
+            Way::Device | Way::Kernel(_) | Way::Auto(None) => None,
         }
     }
 
@@ -104,8 +125,13 @@ impl CarrierConfig {
     pub fn kernel(&self) -> Option<u32> {
         match self.way() {
             Way::Kernel(cid) => Some(cid),
-            Way::Device | Way::Hybrid(_) => None,
+            Way::Device | Way::Hybrid(_) | Way::Auto(_) => None,
         }
+    }
+
+    /// Whether the host's kernel may carry its streams.
+    pub fn may_be_kernel(&self) -> bool {
+        matches!(self.way(), Way::Kernel(_) | Way::Auto(_))
     }
 
     /// One whose streams the host's kernel carries.
@@ -117,7 +143,9 @@ impl CarrierConfig {
     /// What carries the streams.
     pub fn way(&self) -> Way<'_> {
         match self {
-            Self::Named(_) => Way::Device,
+            Self::Named(Named::Auto) => Way::Auto(None),
+            Self::AutoAt(at) => Way::Auto(Some(&at.auto)),
+            Self::Named(Named::VhostUser | Named::Ring) => Way::Device,
             Self::Hybrid(hybrid) => Way::Hybrid(hybrid),
             Self::Kernel(kernel) => Way::Kernel(kernel.vsock.cid),
         }
@@ -126,7 +154,7 @@ impl CarrierConfig {
     /// Its word: of one with parameters, that of the kind.
     pub fn word(&self) -> &'static str {
         match self {
-            Self::Named(Named::Auto) => "auto",
+            Self::Named(Named::Auto) | Self::AutoAt(_) => "auto",
             Self::Named(Named::VhostUser) => "vhost-user",
             Self::Named(Named::Ring) => "ring",
             Self::Hybrid(_) => "hybrid",
@@ -148,8 +176,8 @@ impl CarrierConfig {
     /// Why it cannot be used.
     pub(super) fn check(&self) -> Result<(), String> {
         match self.way() {
-            Way::Device => Ok(()),
-            Way::Hybrid(hybrid) => check_path(&hybrid.hybrid),
+            Way::Device | Way::Auto(None) => Ok(()),
+            Way::Hybrid(hybrid) | Way::Auto(Some(hybrid)) => check_path(&hybrid.hybrid),
             Way::Kernel(cid) => check_cid(cid.into()),
         }
     }

@@ -219,31 +219,39 @@ impl<'a> Document<'a> {
                 true
             }
             (Kind::Carrier, DeValue::Table(table)) => {
-                let mut has_path = false;
+                let mut says_where = false;
                 for (name, value) in table {
-                    match (name.get_ref().as_ref(), value.get_ref()) {
-                        ("hybrid", DeValue::String(path)) => {
-                            if let Err(why) = check_path(Path::new(path.as_ref())) {
-                                return wrong(format!("{}: {why}", self.is_not(value, key)));
-                            }
-                            has_path = true;
-                        }
-                        ("half_closes", DeValue::Boolean(_)) => {}
+                    let is_right = match (name.get_ref().as_ref(), value.get_ref()) {
+                        ("hybrid", DeValue::String(path)) => check_path(Path::new(path.as_ref())),
+                        ("half_closes", DeValue::Boolean(_)) => continue,
                         ("vsock", DeValue::Table(vsock)) if table.len() == 1 => {
                             let cid = vsock.get("cid").filter(|_| vsock.len() == 1);
                             let cid = cid.and_then(|cid| number(cid.get_ref()));
                             let Some(cid) = cid else {
                                 return wrong(self.is_not(value, key));
                             };
-                            if let Err(why) = check_cid(cid) {
-                                return wrong(format!("{}: {why}", self.is_not(value, key)));
-                            }
-                            has_path = true;
+                            check_cid(cid)
+                        }
+                        ("auto", DeValue::Table(auto)) if table.len() == 1 => {
+                            let path = auto.get("hybrid").and_then(|path| path.get_ref().as_str());
+                            let has_more = auto.iter().any(|(name, value)| {
+                                let is_flag = matches!(value.get_ref(), DeValue::Boolean(_));
+                                let name = name.get_ref().as_ref();
+                                name != "hybrid" && !(name == "half_closes" && is_flag)
+                            });
+                            let Some(path) = path.filter(|_| !has_more) else {
+                                return wrong(self.is_not(value, key));
+                            };
+                            check_path(Path::new(path))
                         }
                         _ => return wrong(self.is_not(value, key)),
+                    };
+                    if let Err(why) = is_right {
+                        return wrong(format!("{}: {why}", self.is_not(value, key)));
                     }
+                    says_where = true;
                 }
-                has_path
+                says_where
             }
             (Kind::Numbers { .. } | Kind::Texts { .. } | Kind::Labels, _) => false,
             (kind, DeValue::String(text)) => kind.takes_text(text),

@@ -104,8 +104,8 @@ pub struct Privileged {
     pub outward: Outward,
     /// Directories with VMMs' sockets.
     pub discover: Discover,
-    /// The listener that guests reach through the host's kernel, once a worker has asked for it. Whoever dials while there is no worker
-    /// waits in it.
+    /// The listener that guests reach through the host's kernel: that of an earlier aditd, or one of its own once a worker has asked for it.
+    /// Whoever dials while there is no worker, or no monitor under systemd, waits in it.
     guests: Mutex<Option<OwnedFd>>,
 }
 
@@ -142,6 +142,7 @@ impl Privileged {
         store: Store,
         keeps_pairs: bool,
     ) -> Arc<Self> {
+        let guests = store.guests();
         Arc::new(Self {
             spawner,
             uids,
@@ -152,7 +153,7 @@ impl Privileged {
             vms: Mutex::default(),
             outward: Outward::default(),
             discover: Discover::default(),
-            guests: Mutex::default(),
+            guests: Mutex::new(guests),
         })
     }
 
@@ -191,7 +192,13 @@ impl Privileged {
         let mut guests = lock(&self.guests);
         let listener = match guests.take() {
             Some(listener) => listener,
-            None => guests::listen()?,
+            None => {
+                let made = guests::listen()?;
+                if let Err(error) = self.store.keep_guests(made.as_fd()) {
+                    tracing::warn!(%error, "the listener for guests is not kept over the end of this aditd");
+                }
+                made
+            }
         };
         Ok(guests.insert(listener).try_clone()?)
     }
@@ -380,6 +387,7 @@ impl Privileged {
                     .chain(half_closes)
             }))
             .args(start.kernel.then_some("--vsock"))
+            .args(start.auto.then_some("--auto"))
             .args(own.map(|own| format!("--uid={own}")))
             // Nothing of what aditd was told, by systemd or by a person, is its business.
             .env_clear()
@@ -575,7 +583,7 @@ impl Start {
                 half_closes,
             });
         }
-        if self.kernel {
+        if self.kernel && !self.auto {
             // One that is too high is found below.
             let cid = u32::try_from(self.cid).unwrap_or(u32::MAX);
             config.carrier = CarrierConfig::of_kernel(cid);

@@ -54,6 +54,8 @@ pub struct Start {
     pub hybrid: Option<StartHybrid>,
     /// The host's kernel carries the streams.
     pub kernel: bool,
+    /// Whichever of these there is, and vhost-user.
+    pub auto: bool,
 }
 
 /// As [`Hybrid`](crate::config::Hybrid).
@@ -514,6 +516,7 @@ mod tests {
             allow_any_memory: true,
             hybrid: None,
             kernel: true,
+            auto: true,
         };
         let words = LastWords {
             status: 256,

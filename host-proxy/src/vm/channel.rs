@@ -1,9 +1,11 @@
 //! A VM's channel: the port process that serves it, and what that says.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use adit_names::VmId;
-use adit_port::control::{Ring, Status};
+use adit_port::control::{HYBRID_SOCKET, Ring, Status, Way as Reached};
+use adit_port::ways;
 
 use super::Changes;
 use crate::config::{Hybrid, VmConfig, Way};
@@ -19,6 +21,8 @@ pub struct Channel {
     pub keeper: Keeper,
     vm: VmId,
     state: Mutex<State>,
+    /// Where a VMM's socket is looked for, if nobody says where.
+    own_hybrid: Hybrid,
     logged: Logged,
     changes: Changes,
 }
@@ -50,14 +54,20 @@ pub struct Serving {
     held: bool,
     /// State of the ring, as it said last.
     ring: Option<Ring>,
+    /// Which way to the guest it has chosen, and why, if that is its matter.
+    reached: Option<Reached>,
 }
 
 impl Channel {
-    pub(super) fn new(vm: &VmId, changes: Changes) -> Self {
+    pub(super) fn new(vm: &VmId, dir: &Path, changes: Changes) -> Self {
         Self {
             keeper: Keeper::default(),
             vm: vm.clone(),
             state: Mutex::default(),
+            own_hybrid: Hybrid {
+                hybrid: dir.join(HYBRID_SOCKET),
+                half_closes: false,
+            },
             logged: Logged::default(),
             changes,
         }
@@ -72,6 +82,7 @@ impl Channel {
                 process,
                 held: false,
                 ring: None,
+                reached: None,
             });
         });
     }
@@ -104,6 +115,24 @@ impl Channel {
         });
     }
 
+    /// Notes which way to the guest it has chosen.
+    pub fn set_reached(&self, reached: Reached) {
+        self.change(|state| {
+            if let Some(serving) = &mut state.serving {
+                serving.reached = Some(reached);
+            }
+        });
+    }
+
+    /// Which way to the guest its port process has chosen, if it was started to choose.
+    pub(super) fn reached(&self) -> Option<Reached> {
+        let state = self.lock();
+        let is_auto = |spec: &Arc<VmConfig>| matches!(spec.carrier.way(), Way::Auto(_));
+        state.started_with.as_ref().filter(|s| is_auto(s))?;
+        let serving = state.serving.as_ref().filter(|s| !s.held)?;
+        serving.reached.clone()
+    }
+
     /// Notes why there is no port process.
     pub fn set_trouble(&self, trouble: String) {
         self.change(|state| state.trouble = Some(trouble));
@@ -119,19 +148,19 @@ impl Channel {
         self.lock().started_with = Some(spec);
     }
 
-    /// The sockets of its VMM, if it has one for each stream, as its port process was started.
+    /// The sockets of its VMM, if it has one for each stream, as its port process was started, or has chosen.
     pub fn hybrid(&self) -> Option<Hybrid> {
         self.way(|way| match way {
             Way::Hybrid(hybrid) => Some(hybrid.clone()),
-            Way::Device | Way::Kernel(_) => None,
+            Way::Device | Way::Kernel(_) | Way::Auto(_) => None,
         })
     }
 
-    /// The CID of a VM whose streams the host's kernel carries, as its port process was started.
+    /// The CID of a VM whose streams the host's kernel carries, as its port process was started, or has chosen.
     pub fn kernel(&self) -> Option<u32> {
         self.way(|way| match way {
             Way::Kernel(cid) => Some(cid),
-            Way::Device | Way::Hybrid(_) => None,
+            Way::Device | Way::Hybrid(_) | Way::Auto(_) => None,
         })
     }
 
@@ -141,12 +170,23 @@ impl Channel {
         self.way(|way| way != Way::Device)
     }
 
-    /// What carries its streams, as its port process was started.
+    /// What carries its streams, as its port process was started, or has chosen. Never [`Way::Auto`].
     fn way<T>(&self, look: impl FnOnce(Way<'_>) -> T) -> T {
         let state = self.lock();
         let is_held = state.serving.as_ref().is_some_and(|s| s.held);
         let spec = state.started_with.as_ref().filter(|_| !is_held);
-        look(spec.map_or(Way::Device, |spec| spec.carrier.way()))
+        let Some(spec) = spec else {
+            return look(Way::Device);
+        };
+        let Way::Auto(at) = spec.carrier.way() else {
+            return look(spec.carrier.way());
+        };
+        let reached = state.serving.as_ref().and_then(|s| s.reached.as_ref());
+        look(match reached.and_then(|r| ways::Way::numbered(r.way)) {
+            None | Some(ways::Way::VhostUser) => Way::Device,
+            Some(ways::Way::Kernel) => u32::try_from(spec.cid).map_or(Way::Device, Way::Kernel),
+            Some(ways::Way::Hybrid) => Way::Hybrid(at.unwrap_or(&self.own_hybrid)),
+        })
     }
 
     /// Notes why what the guest dials does not arrive; none: it does.

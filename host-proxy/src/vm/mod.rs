@@ -106,16 +106,17 @@ impl VmEntry {
     /// Makes a VM; its directory is under `run_dir`.
     pub fn new(run_dir: &Path, spec: VmConfig, origin: Origin) -> Self {
         let changes = Changes::default();
+        let dir = vm_dir(run_dir, &spec.name);
         Self {
             name: spec.name.clone(),
             cid: spec.cid,
             origin,
-            dir: vm_dir(run_dir, &spec.name),
             changing: tokio::sync::Mutex::default(),
             queued: Notify::new(),
             trusted: Notify::new(),
             removed: CancellationToken::new(),
-            channel: Channel::new(&spec.name, changes.clone()),
+            channel: Channel::new(&spec.name, &dir, changes.clone()),
+            dir,
             agent: Agent::new(&spec.name, changes.clone()),
             dials: Dials::default(),
             lock: Lock::new(changes.clone()),

@@ -9,9 +9,11 @@ use adit_api::{
 };
 use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, Status, VHOST_SOCKET};
 
+use adit_port::ways;
 use adit_tasks::KeyId;
 
 use super::{TrustOf, VmEntry};
+use crate::config;
 use crate::enrolment::{Believed, Enrolment};
 use crate::reach::Destination;
 use crate::reach::dial::refusal;
@@ -19,6 +21,8 @@ use crate::remedy;
 
 /// Characters of a port process's text about its ring that are shown.
 const RING_TEXT_MAX: usize = 300;
+/// Characters of a port process's reason for its way that are shown.
+const WHY_TEXT_MAX: usize = 1000;
 /// Characters of what a failed dial says that are shown.
 const DIAL_TEXT_MAX: usize = 300;
 
@@ -149,29 +153,56 @@ impl VmEntry {
 
     /// `chunks`: whether its agent knows them.
     fn carrier(&self, chunks: Option<bool>) -> Carrier {
-        let (spec, says) = (self.spec(), self.origin.says());
-        let asked = match spec.carrier.word() {
-            "auto" => "`auto`: what its VMM brings".to_owned(),
-            word => format!("`{word}`: {says}"),
+        let spec = self.spec();
+        let reached = self.channel.reached();
+        let (says, asked) = match (spec.carrier.word(), &reached) {
+            ("auto", Some(reached)) => {
+                let why = adit_names::escape(&reached.why).at_most(WHY_TEXT_MAX);
+                ("it is the one that is there", format!("`auto`: {why}"))
+            }
+            ("auto", None) => (
+                "",
+                "`auto`: no port process has said yet what there is".into(),
+            ),
+            ("vhost-user", _) => (
+                "",
+                "`vhost-user`: as a VM is reached that says nothing else".into(),
+            ),
+            (word, _) => (
+                self.origin.says(),
+                format!("`{word}`: {}", self.origin.says()),
+            ),
         };
+        // Of a ring that its VMM has handed over: QEMU can do neither with ivshmem, whatever the rest takes.
+        let ring = self.channel.ring().map(carrier);
+        let has_ring = ring.as_ref().is_some_and(|ring| ring.memory.is_some());
         // Without a port process, as the next one will be.
         let hybrid = match self.channel.serving() {
             Some(_) => self.channel.hybrid(),
             None => spec.carrier.hybrid().cloned(),
         };
-        if let Some(cid) = self.channel.kernel() {
+        let is_auto = matches!(spec.carrier.way(), config::Way::Auto(_));
+        if is_auto
+            && reached
+                .as_ref()
+                .is_none_or(|r| ways::Way::numbered(r.way).is_none())
+        {
             return Carrier {
-                why: format!(
-                    "{says}; every user of this host can dial the VM, so its agent serves only who has aditd's key"
-                ),
-                kernel_cid: Some(cid),
-                way: Some(KERNEL.word.into()),
                 way_why: Some(asked),
-                costs: Some(KERNEL.costs.into()),
-                ..Carrier::default()
+                ..ring.unwrap_or_default()
             };
         }
         let (way, shown) = match (hybrid, self.channel.held_by()) {
+            _ if let Some(cid) = self.channel.kernel() => {
+                let shown = Carrier {
+                    why: format!(
+                        "{says}; every user of this host can dial the VM, so its agent serves only who has aditd's key"
+                    ),
+                    kernel_cid: Some(cid),
+                    ..Carrier::default()
+                };
+                (&KERNEL, shown)
+            }
             (Some(hybrid), _) => {
                 let shown = Carrier {
                     why: match (hybrid.half_closes, chunks) {
@@ -190,23 +221,36 @@ impl VmEntry {
                 (&HYBRID, shown)
             }
             (None, held_by) => {
-                let shown = self.channel.ring().map(carrier).unwrap_or_default();
-                (
-                    if held_by.is_some() {
-                        &DEVICE
-                    } else {
-                        &VHOST_USER
-                    },
-                    shown,
-                )
+                let way = match held_by {
+                    Some(_) => &DEVICE,
+                    None => &VHOST_USER,
+                };
+                (way, Carrier::default())
             }
         };
+        let of_vmm = matches!(way.word, "hybrid" | "vhost-vsock") && has_ring;
+        let (forbids, more) = match of_vmm {
+            true => (
+                VHOST_USER.forbids,
+                "; because of the ring it can do neither while that is there",
+            ),
+            false => (way.forbids, ""),
+        };
+        let with_ring = ring.unwrap_or_default();
         Carrier {
             way: Some(way.word.into()),
             way_why: Some(asked),
-            forbids: way.forbids.iter().map(ToString::to_string).collect(),
-            costs: Some(way.costs.into()),
-            ..shown
+            forbids: forbids.iter().map(ToString::to_string).collect(),
+            costs: Some(format!("{}{more}", way.costs)),
+            // The ring's own reason, or that of the way.
+            why: match (with_ring.why.as_str(), shown.why.as_str()) {
+                (ring, "") => ring.to_owned(),
+                (_, way) if !has_ring => way.to_owned(),
+                (ring, way) => format!("{ring}; {way}"),
+            },
+            hybrid: shown.hybrid,
+            kernel_cid: shown.kernel_cid,
+            ..with_ring
         }
     }
 

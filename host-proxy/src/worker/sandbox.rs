@@ -145,30 +145,17 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_fsync,
         libc::SYS_fdatasync,
         libc::SYS_fchmod,
-        // Memory.
-        libc::SYS_munmap,
-        libc::SYS_mremap,
-        libc::SYS_madvise,
-        libc::SYS_brk,
+        // Threads.
         libc::SYS_membarrier,
-        libc::SYS_getrandom,
-        // Threads, and the end.
         libc::SYS_clone3,
         libc::SYS_rseq,
         libc::SYS_set_robust_list,
         libc::SYS_sched_getaffinity,
-        libc::SYS_exit,
-        libc::SYS_exit_group,
-        libc::SYS_rt_sigreturn,
-        libc::SYS_rt_sigprocmask,
-        libc::SYS_rt_sigaction,
-        libc::SYS_sigaltstack,
         // Who it is.
-        libc::SYS_getpid,
-        libc::SYS_gettid,
         libc::SYS_getuid,
         libc::SYS_geteuid,
     ];
+    calls.extend(sandbox::ALWAYS);
     #[cfg(target_arch = "x86_64")]
     calls.extend([
         libc::SYS_epoll_wait,

@@ -49,7 +49,11 @@ fn a_vm_is_added_with_its_way_and_has_it_after_a_kill() {
         assert_eq!((&now["cid"], &now["origin"]), (&fc["cid"], &json!("api")));
         let costs = now["carrier"]["costs"].as_str().unwrap();
         assert!(costs.contains("streams end"), "{costs}");
-        for (name, word) in [("vu", "`vhost-user`"), ("ri", "`ring`"), ("a", "`auto`")] {
+        for (name, word) in [
+            ("vu", "`vhost-user`"),
+            ("ri", "`ring`"),
+            ("a", "`vhost-user`"),
+        ] {
             let vm = host.get(&format!("/v1/vms/{name}"));
             let forbids = json!(["migration", "savevm"]);
             assert_eq!(way(&vm), (&json!("vhost-user"), &Value::Null, &forbids));

@@ -11,7 +11,7 @@ fn chunk(payload: &[u8]) -> Vec<u8> {
     [&[1, a, b, c], payload].concat()
 }
 
-fn accept(features: u64) -> Vec<u8> {
+pub(super) fn accept(features: u64) -> Vec<u8> {
     let common = Common {
         features,
         ..Common::default()
@@ -21,7 +21,7 @@ fn accept(features: u64) -> Vec<u8> {
 
 impl World {
     /// A stream to the agent, and the VMM's end of it when the hello has arrived there.
-    fn dial_agent(&mut self) -> (StreamId, UnixStream) {
+    pub(super) fn dial_agent(&mut self) -> (StreamId, UnixStream) {
         let common = Common {
             features: self.carrier().hello_features(),
             ..Common::default()
@@ -51,7 +51,7 @@ impl World {
 
     /// Gives a stream its sink when its hello is answered.
     #[track_caller]
-    fn attached(&mut self, stream: StreamId) -> UnixStream {
+    pub(super) fn attached(&mut self, stream: StreamId) -> UnixStream {
         self.until(|w| {
             let is_it = |n: &Notice| matches!(n, Notice::Dialed { stream: s, .. } if *s == stream);
             w.heard.iter().any(is_it)
@@ -73,7 +73,7 @@ impl World {
     }
 
     /// Everything up to the end of a socket's bytes, or to its reset.
-    fn rest(&mut self, of: &mut UnixStream) -> (Vec<u8>, bool) {
+    pub(super) fn rest(&mut self, of: &mut UnixStream) -> (Vec<u8>, bool) {
         let (mut bytes, mut reset) = (Vec::new(), false);
         self.until(|_| {
             let mut chunk = [0; 70_000];
@@ -88,7 +88,7 @@ impl World {
         (bytes, reset)
     }
 
-    fn reason(&self) -> Option<Option<adit_engine::ResetReason>> {
+    pub(super) fn reason(&self) -> Option<Option<adit_engine::ResetReason>> {
         self.heard.iter().find_map(|n| match n {
             Notice::Closed { reason, .. } => Some(*reason),
             _ => None,
@@ -193,7 +193,7 @@ fn r117_what_is_broken_off_is_told_apart_from_what_has_ended() {
         let (mut app, mut vmm) = world.chunked();
         vmm.write_all(&[&chunk(b"half"), last].concat()).unwrap();
         assert_eq!(world.rest(&mut app).0, b"half");
-        world.until(|w| w.carrier().open() == 1);
+        world.until(|w| w.carrier().streams() == 1);
         world.end(&mut vmm);
         assert!(world.reason().unwrap().is_some(), "{last:?}");
         // The one beside it has noticed nothing.

@@ -1,6 +1,7 @@
 //! What the host's kernel carries: streams that are open when they come, guests' ports that are known, and VMs that are not there.
 
 use super::*;
+use crate::socket_end;
 
 /// The guest has accepted a dial. Returns its end.
 fn accepts(world: &mut World, port: u32) -> UnixStream {
@@ -148,4 +149,57 @@ fn r128_streams_of_a_guest_that_has_begun_anew_end_and_those_that_came_after_go_
     guest.write_all(b"new").unwrap();
     assert_eq!(world.read(&mut app, 3), b"new");
     assert_eq!(world.shard.port(HERE).streams(), 2);
+}
+
+/// Where half-closes are passed on, an agent finishes by one and closes later: a close without one is a break (R117). It is told apart also
+/// when the bytes before it are still there.
+#[test]
+fn r117_a_stream_that_the_guest_breaks_off_is_told_apart_from_one_that_ended() {
+    for breaks_off in [true, false] {
+        for late in [true, false] {
+            let mut world = World::new();
+            let (stream, mut vmm) = world.dial_agent();
+            vmm.write_all(&chunks::accept(0)).unwrap();
+            let mut app = world.attached(stream);
+            vmm.write_all(b"half of it").unwrap();
+            if !breaks_off {
+                vmm.shutdown(Shutdown::Write).unwrap();
+                if !late {
+                    // As a program of the host would, which has read to the end.
+                    assert_eq!(world.rest(&mut app), (b"half of it".to_vec(), false));
+                    app.shutdown(Shutdown::Write).unwrap();
+                    world.end(&mut vmm);
+                }
+            } else if !late {
+                assert_eq!(world.read(&mut app, 10), b"half of it");
+            }
+            if breaks_off || !late {
+                drop(vmm);
+            }
+            let (bytes, reset) = world.rest(&mut app);
+            assert!(late == (bytes == b"half of it"), "{bytes:?}");
+            // A Unix socket of an application shows no reset: its end takes no bytes any more, which cannot be seen behind an end of
+            // its own.
+            assert!(!reset);
+            if breaks_off || late {
+                assert_eq!(socket_end::is_closed(&app), breaks_off, "late: {late}");
+            }
+            drop(app);
+            world.gone();
+            assert_eq!(world.reason().unwrap().is_some(), breaks_off);
+        }
+    }
+}
+
+/// A program that is no agent just closes when it is done.
+#[test]
+fn a_plain_port_that_closes_has_ended() {
+    let mut world = World::new();
+    let (mut app, mut vmm) = world.open();
+    vmm.write_all(b"all of it").unwrap();
+    drop(vmm);
+    assert_eq!(world.rest(&mut app), (b"all of it".to_vec(), false));
+    drop(app);
+    world.gone();
+    assert_eq!(world.reason(), Some(None));
 }

@@ -12,7 +12,7 @@ use super::{
     Accepted, Ask, Attach, BegunAnew, Cancel, Connect, ConnectAs, ConnectLimited, ConnectNoted,
     Dial, DialFailed, Dialed, EndTunnels, Ends, EndsTaken, Features, HANDOVER_FDS_MAX, Handover,
     HandoverV1, Held, Incoming, Kept, Key, ListTunnels, PACKET_MAX, Quit, Release, Ring, SetLimits,
-    Status, Stuck, Tunnels,
+    Status, Stuck, Tunnels, Way,
 };
 
 /// Version of every control kind.
@@ -86,6 +86,8 @@ adit_channel::message_table! {
     Tunnels = 25, 0..=0, NEEDED;
     /// To `aditd`.
     Ends = 26, 0..=0, IGNORABLE;
+    /// To `aditd`, from a port process that chooses the way to its guest.
+    Way = 27, 0..=0, IGNORABLE;
 }
 
 /// Why a packet is not a control frame. The sender's fault, except `Io` and `NoDescriptors`.

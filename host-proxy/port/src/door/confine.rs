@@ -1,16 +1,17 @@
-//! What the doorkeeper gives up before it serves: everything but what it does at one path.
+//! What a doorkeeper gives up before it serves: everything but what it does at one path, or for one CID.
 //!
-//! | by | left |
-//! |---|---|
-//! | capabilities | where it is root: to give its sockets to the VMM's user, and to reach that user's |
-//! | landlock | to make and remove sockets beneath one directory; no file is read, written or started, no TCP, no abstract socket |
-//! | seccomp | the calls of its loop. A file is opened as a name only (`O_PATH`), a socket is a Unix one, no process and no program is started |
+//! | by | left at a path | left for a CID |
+//! |---|---|---|
+//! | capabilities | where it is root: to give its sockets to the VMM's user, and to reach that user's | none |
+//! | landlock | to make and remove sockets beneath one directory; no file is read, written or started, no TCP, no abstract socket | nothing |
+//! | seccomp | the calls of its loop. A file is opened as a name only (`O_PATH`), a socket is a Unix one, no process and no program is started | the same without files; a socket is one of AF_VSOCK |
 //!
 //! The port process has none of these rights, and tells this one nothing but numbers, so somebody has to take that over first and
 //! find a mistake here.
 //!
 //! Landlock knows directories by what they are, and not by their paths. A VMM's own directory often comes and goes with it, so the
-//! one above it is named. Where that was replaced, [`Confined::is_current`] says so, and the process ends: the next one names it anew.
+//! one above it is named. Where that was replaced, [`Confined::is_current`] says so, and the process ends: the next one names it anew. The
+//! VM's own directory stays, and is named itself: the one above it has those of other VMs.
 
 use std::fs;
 use std::io;
@@ -27,7 +28,7 @@ use nix::sys::resource::Resource;
 use rustix::thread::CapabilitySet;
 
 use crate::privilege;
-use crate::sandbox::{Rules, SandboxError, by_argument, exactly, lock_to, masked_is};
+use crate::sandbox::{ALWAYS, Rules, SandboxError, by_argument, exactly, lock_to, masked_is};
 
 /// To give sockets to the VMM's user, to set their mode afterwards, and to use that user's directory and socket.
 const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
@@ -52,66 +53,124 @@ fn identity(of: &Path) -> io::Result<(u64, u64)> {
     fs::metadata(of).map(|m| (m.dev(), m.ino()))
 }
 
-/// The directory that is named to landlock for sockets in `dir`: the one above, or the closest above that there is.
-fn above(dir: &Path) -> &Path {
+/// The directory that is named to landlock for sockets in `dir`: the one above, or the closest above that there is; itself, if it stays.
+fn above(dir: &Path, stays: bool) -> &Path {
     let root = Path::new("/");
-    let wanted = dir.parent().filter(|above| *above != root).unwrap_or(dir);
+    let wanted = dir.parent().filter(|above| *above != root && !stays);
+    let wanted = wanted.unwrap_or(dir);
     let mut all = wanted.ancestors();
     all.find(|above| above.is_dir()).unwrap_or(root)
 }
 
-/// Confines the process, which has one thread, to sockets in `dir`.
+/// Confines the process, which has one thread, to sockets in `dir`. `stays`: that directory is never replaced.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn confine(dir: &Path) -> io::Result<Confined> {
-    privilege::limit(Resource::RLIMIT_CORE, 0)?;
-    privilege::keep_capabilities(CAPABILITIES).map_err(io::Error::other)?;
-    let above = above(dir).to_owned();
+pub fn confine(dir: &Path, stays: bool) -> io::Result<Confined> {
+    give_up(CAPABILITIES)?;
+    let above = above(dir, stays).to_owned();
     let id = identity(&above)?;
-    let confined = match lock_files(&above).map_err(io::Error::other)? {
-        true => Confined(Some((above, id))),
-        false => {
-            tracing::warn!("the kernel has no landlock: only seccomp confines the doorkeeper");
-            Confined(None)
+    let locked = lock_files(Some(&above))?;
+    lock_calls(at_a_path, &[libc::AF_UNIX])?;
+    Ok(Confined(locked.then_some((above, id))))
+}
+
+/// Confines the process, which has one thread, to sockets of AF_VSOCK.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn confine_to_vsock() -> io::Result<()> {
+    give_up(CapabilitySet::empty())?;
+    lock_files(None)?;
+    lock_calls(for_a_cid, &[libc::AF_VSOCK])
+}
+
+fn give_up(but: CapabilitySet) -> io::Result<()> {
+    privilege::limit(Resource::RLIMIT_CORE, 0)?;
+    privilege::keep_capabilities(but).map_err(io::Error::other)
+}
+
+type Built = Result<Rules, seccompiler::BackendError>;
+
+/// `own`: what this kind of doorkeeper has beyond the others.
+fn lock_calls(own: impl FnOnce(&mut Rules) -> Built, families: &[i32]) -> io::Result<()> {
+    let locked = || {
+        let mut allowed = allowed(families)?;
+        let refused = own(&mut allowed)?;
+        lock_to(allowed, refused, libc::EACCES)
+    };
+    locked().map_err(io::Error::other)
+}
+
+/// Returns false if the kernel has no landlock.
+fn lock_files(above: Option<&Path>) -> io::Result<bool> {
+    let sockets = AccessFs::MakeSock | AccessFs::RemoveFile;
+    let locked = || {
+        let ruleset = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(ABI::V5))?
+            .handle_access(AccessNet::from_all(ABI::V5))?
+            .scope(Scope::from_all(ABI::V6))?
+            .create()?;
+        // One that has gone this moment is not named.
+        match above.and_then(|above| PathFd::new(above).ok()) {
+            Some(fd) => ruleset
+                .add_rule(PathBeneath::new(fd.as_fd(), sockets))?
+                .restrict_self(),
+            None => ruleset.restrict_self(),
         }
     };
-    let rules = allowed().and_then(|allowed| Ok((allowed, refused()?)));
-    let (allowed, refused) = rules.map_err(io::Error::other)?;
-    lock_to(allowed, refused, libc::EACCES).map_err(io::Error::other)?;
-    Ok(confined)
-}
-
-fn lock_files(above: &Path) -> Result<bool, SandboxError> {
-    let sockets = AccessFs::MakeSock | AccessFs::RemoveFile;
-    let ruleset = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(ABI::V5))?
-        .handle_access(AccessNet::from_all(ABI::V5))?
-        .scope(Scope::from_all(ABI::V6))?
-        .create()?;
-    let status = match PathFd::new(above) {
-        Ok(fd) => ruleset
-            .add_rule(PathBeneath::new(fd.as_fd(), sockets))?
-            .restrict_self()?,
-        // It has gone this moment.
-        Err(_) => ruleset.restrict_self()?,
-    };
-    Ok(status.ruleset != RulesetStatus::NotEnforced)
-}
-
-/// Opening a file for more than its name returns an error: a library may try.
-fn refused() -> Result<Rules, seccompiler::BackendError> {
-    let mut rules = Rules::new();
-    rules.insert(libc::SYS_openat, vec![masked_is(2, PATH_ONLY, 0)?]);
-    #[cfg(target_arch = "x86_64")]
-    rules.insert(libc::SYS_open, vec![masked_is(1, PATH_ONLY, 0)?]);
-    Ok(rules)
+    let status = locked().map_err(|e| io::Error::other(SandboxError::from(e)))?;
+    let is_locked = status.ruleset != RulesetStatus::NotEnforced;
+    if !is_locked {
+        tracing::warn!("the kernel has no landlock: only seccomp confines the doorkeeper");
+    }
+    Ok(is_locked)
 }
 
 const PATH_ONLY: u32 = libc::O_PATH as u32;
 
-fn allowed() -> Result<Rules, seccompiler::BackendError> {
+/// The calls of a doorkeeper at a path. Returns those that fail: a library may try to open a file for more than its name.
+fn at_a_path(rules: &mut Rules) -> Built {
+    let mut calls = vec![
+        libc::SYS_openat,
+        libc::SYS_fstat,
+        libc::SYS_unlinkat,
+        libc::SYS_fchmodat,
+        libc::SYS_fchownat,
+        libc::SYS_bind,
+        libc::SYS_listen,
+        libc::SYS_accept4,
+        libc::SYS_geteuid,
+    ];
+    // musl's.
+    #[cfg(target_arch = "x86_64")]
+    calls.extend([
+        libc::SYS_open,
+        libc::SYS_unlink,
+        libc::SYS_chmod,
+        libc::SYS_lchown,
+    ]);
+    rules.extend(calls.into_iter().map(|call| (call, vec![])));
+    let mut refused = Rules::new();
+    refused.insert(libc::SYS_openat, vec![masked_is(2, PATH_ONLY, 0)?]);
+    #[cfg(target_arch = "x86_64")]
+    refused.insert(libc::SYS_open, vec![masked_is(1, PATH_ONLY, 0)?]);
+    Ok(refused)
+}
+
+/// For a CID no file is opened at all. A library may try.
+fn for_a_cid(rules: &mut Rules) -> Built {
+    let mut calls = vec![libc::SYS_openat];
+    #[cfg(target_arch = "x86_64")]
+    calls.push(libc::SYS_open);
+    let none: Rules = calls.into_iter().map(|call| (call, vec![])).collect();
+    rules.extend(none.clone());
+    Ok(none)
+}
+
+/// Of every doorkeeper, with sockets of these families.
+fn allowed(families: &[i32]) -> Built {
     let mut calls = vec![
         // The port process, the log, and what is ready.
         libc::SYS_read,
@@ -125,77 +184,50 @@ fn allowed() -> Result<Rules, seccompiler::BackendError> {
         libc::SYS_nanosleep,
         libc::SYS_restart_syscall,
         libc::SYS_futex,
-        // Its path.
-        libc::SYS_openat,
+        // What is there, and changes of it.
         libc::SYS_newfstatat,
         libc::SYS_statx,
-        libc::SYS_fstat,
-        libc::SYS_unlinkat,
-        libc::SYS_fchmodat,
-        libc::SYS_fchownat,
         libc::SYS_inotify_add_watch,
         libc::SYS_inotify_rm_watch,
         // Its sockets.
         libc::SYS_connect,
-        libc::SYS_bind,
-        libc::SYS_listen,
-        libc::SYS_accept4,
         libc::SYS_close,
-        libc::SYS_geteuid,
-        // Memory.
-        libc::SYS_munmap,
-        libc::SYS_mremap,
-        libc::SYS_madvise,
-        libc::SYS_brk,
-        libc::SYS_getrandom,
-        // End.
-        libc::SYS_exit,
-        libc::SYS_exit_group,
-        libc::SYS_rt_sigreturn,
-        libc::SYS_rt_sigprocmask,
-        libc::SYS_rt_sigaction,
-        libc::SYS_sigaltstack,
-        libc::SYS_getpid,
-        libc::SYS_gettid,
     ];
+    calls.extend(ALWAYS);
     // musl's.
     #[cfg(target_arch = "x86_64")]
-    calls.extend([
-        libc::SYS_poll,
-        libc::SYS_open,
-        libc::SYS_stat,
-        libc::SYS_lstat,
-        libc::SYS_unlink,
-        libc::SYS_chmod,
-        libc::SYS_lchown,
-    ]);
+    calls.extend([libc::SYS_poll, libc::SYS_stat, libc::SYS_lstat]);
     let mut rules = by_argument()?;
     for makes_more in [libc::SYS_socketpair, libc::SYS_memfd_create] {
         rules.remove(&makes_more);
     }
     rules.extend(calls.into_iter().map(|call| (call, vec![])));
-    let (family, stream) = (libc::AF_UNIX as u32, libc::SOCK_STREAM);
-    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let stream = libc::SOCK_STREAM;
     let kinds = [
         stream,
         stream | libc::SOCK_CLOEXEC,
         stream | libc::SOCK_NONBLOCK,
-        stream | flags,
+        stream | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
     ];
-    let sockets = kinds.map(|kind| exactly(&[(0, family), (1, kind as u32), (2, 0)]));
-    let sockets = sockets.into_iter().collect::<Result<_, _>>()?;
-    rules.insert(libc::SYS_socket, sockets);
+    let pairs = families.iter().flat_map(|f| kinds.map(|kind| (*f, kind)));
+    let sockets = pairs.map(|(f, kind)| exactly(&[(0, f as u32), (1, kind as u32), (2, 0)]));
+    rules.insert(libc::SYS_socket, sockets.collect::<Result<_, _>>()?);
     Ok(rules)
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::io::{Read, Write};
     use std::net::TcpListener;
+    use std::os::fd::OwnedFd;
     use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
     use std::os::unix::net::{UnixListener, UnixStream};
     use std::os::unix::process::{CommandExt, ExitStatusExt};
     use std::process::{Command, ExitStatus};
+
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, listen, socket};
+    use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
     use super::*;
 
@@ -216,12 +248,23 @@ mod tests {
         let dir = Path::new(dir);
         // The one of the test's own.
         let stderr = io::stderr();
-        let confined = confine(&dir.join("vms/web-1")).unwrap();
+        if let Some(what) = what.strip_prefix("cid-") {
+            let before = Before {
+                inotify: inotify::init(CreateFlags::CLOEXEC).unwrap(),
+                pair: UnixStream::pair().unwrap(),
+            };
+            confine_to_vsock().unwrap();
+            std::process::exit(before.tries(what, dir).is_err().into());
+        }
+        let stays = what.starts_with("own-");
+        let what = what.trim_start_matches("own-");
+        let confined = confine(&dir.join("vms/web-1"), stays).unwrap();
         let done = match what {
             "serve" => serve(dir, &confined),
             "read" => File::open(dir.join("secret")).map(drop),
             "read-relatively" => File::open("/proc/self/maps").map(drop),
             "write" => File::create(dir.join("vms/web-1/file")).map(drop),
+            "beside" => UnixListener::bind(dir.join("vms/a.sock")).map(drop),
             "make-elsewhere" => UnixListener::bind(dir.join("a.sock")).map(drop),
             "remove-elsewhere" => fs::remove_file(dir.join("secret")),
             "listen-tcp" => TcpListener::bind("127.0.0.1:0").map(drop),
@@ -229,14 +272,61 @@ mod tests {
             "fork" => Command::new("/bin/true").spawn().map(drop),
             other => Err(io::Error::other(other.to_owned())),
         };
-        if confined.0.is_none() && what.ends_with("elsewhere") {
+        if confined.0.is_none() && (what.ends_with("elsewhere") || what == "beside") {
             std::process::exit(NO_LANDLOCK);
         }
         if let Err(e) = &done {
-            use io::Write;
             let _ = writeln!(&stderr, "{what}: {e}");
         }
         std::process::exit(done.is_err().into());
+    }
+
+    /// What a doorkeeper of a CID has before it is confined.
+    struct Before {
+        inotify: OwnedFd,
+        pair: (UnixStream, UnixStream),
+    }
+
+    impl Before {
+        /// No test makes a socket of AF_VSOCK on the machine itself: the nested ones do.
+        fn tries(&self, what: &str, dir: &Path) -> io::Result<()> {
+            let secret = dir.join("secret");
+            match what {
+                "serve" => {
+                    let (mut near, mut far) = (&self.pair.0, &self.pair.1);
+                    near.write_all(b"x")?;
+                    far.read_exact(&mut [0])?;
+                    inotify::add_watch(&self.inotify, dir, WatchFlags::CREATE)?;
+                    tracing::warn!("it can say something");
+                    match secret.exists() {
+                        true => Ok(()),
+                        false => Err(io::ErrorKind::NotFound.into()),
+                    }
+                }
+                "read" => File::open(secret).map(drop),
+                "name" => name(&secret).map(drop),
+                "write" => File::create(dir.join("vms/web-1/file")).map(drop),
+                "remove" => fs::remove_file(secret),
+                "unix" => UnixStream::connect(dir.join("a.sock")).map(drop),
+                "datagrams" => {
+                    let (family, kind) = (AddressFamily::Vsock, SockType::Datagram);
+                    Ok(socket(family, kind, SockFlag::empty(), None).map(drop)?)
+                }
+                "tcp" => TcpListener::bind("127.0.0.1:0").map(drop),
+                "listen" => Ok(listen(&self.pair.0, Backlog::new(1)?)?),
+                "pair" => UnixStream::pair().map(drop),
+                "start" => Err(Command::new("/bin/true").exec()),
+                "fork" => Command::new("/bin/true").spawn().map(drop),
+                other => Err(io::Error::other(other.to_owned())),
+            }
+        }
+    }
+
+    /// Opens a file as a name only.
+    fn name(path: &Path) -> io::Result<File> {
+        let mut how = fs::OpenOptions::new();
+        how.read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
+        how.open(path)
     }
 
     /// What a doorkeeper does all day.
@@ -249,11 +339,7 @@ mod tests {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
             let _client = UnixStream::connect(&path)?;
             listener.accept()?.0.set_nonblocking(true)?;
-            let name = fs::OpenOptions::new()
-                .read(true)
-                .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
-                .open(&path)?;
-            name.metadata()?;
+            name(&path)?.metadata()?;
             fs::remove_file(&path)?;
             tracing::warn!("it can say something");
         }
@@ -291,13 +377,46 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_above_is_named_unless_it_is_the_root() {
+    fn a_doorkeeper_in_the_vms_own_directory_makes_nothing_in_those_of_others() {
+        assert_eq!(tried("own-serve").code(), Some(0));
+        for (what, status) in [("beside", 0), ("own-beside", 1)] {
+            match tried(what).code() {
+                Some(NO_LANDLOCK) => println!("skipped: {what}: this kernel has no landlock"),
+                code => assert_eq!(code, Some(status), "{what}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_doorkeeper_of_a_cid_has_no_file_at_all_and_no_other_kind_of_socket() {
+        assert_eq!(tried("cid-serve").code(), Some(0));
+        for what in ["cid-read", "cid-name", "cid-write"] {
+            assert_eq!(tried(what).code(), Some(1), "{what}");
+        }
+        for what in [
+            "remove",
+            "unix",
+            "datagrams",
+            "tcp",
+            "listen",
+            "pair",
+            "start",
+            "fork",
+        ] {
+            let what = format!("cid-{what}");
+            assert_eq!(tried(&what).signal(), Some(libc::SIGSYS), "{what}");
+        }
+    }
+
+    #[test]
+    fn the_directory_above_is_named_unless_it_is_the_root_or_its_own_stays() {
         let dir = tempfile::tempdir().unwrap();
         let at = dir.path();
-        assert_eq!(above(&at.join("a/b")), at);
+        assert_eq!(above(&at.join("a/b"), false), at);
         fs::create_dir_all(at.join("a/b")).unwrap();
-        assert_eq!(above(&at.join("a/b")), at.join("a"));
-        assert_eq!(above(Path::new("/tmp")), Path::new("/tmp"));
+        assert_eq!(above(&at.join("a/b"), false), at.join("a"));
+        assert_eq!(above(&at.join("a/b"), true), at.join("a/b"));
+        assert_eq!(above(Path::new("/tmp"), false), Path::new("/tmp"));
         // Another directory at the same path is another one.
         let confined = Confined(Some((at.join("a"), identity(&at.join("a")).unwrap())));
         assert!(confined.is_current());

@@ -11,7 +11,7 @@
 //! root and this process' own may connect to them: who the guest is, the path says and nothing else.
 //!
 //! A VMM makes its socket, and listens on it a moment later, which nobody is told. So a dial that is refused soon after a change
-//! of the directory is no reason to give up: the socket counts as there again after a while, [`AGAIN_MAX`] times at most.
+//! of the directory is no reason to give up: the socket counts as there again after a while, a few times (`again.rs`).
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io;
@@ -19,7 +19,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use adit_channel::foreign::connect;
 use adit_channel::socket_path;
@@ -27,21 +26,18 @@ use adit_print::with_causes;
 use clap::Parser;
 use nix::errno::Errno;
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{MsgFlags, getsockopt, send, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
+use super::again::{AGAIN_FIRST, Again};
 use super::confine::{Confined, confine};
 use super::wire::{Asked, Wire};
 use super::{DIALED, FAILED, OFFERED, is_pause, kernel};
 
 /// First argument of a process that is a doorkeeper.
 pub const COMMAND: &str = "door";
-/// How often the socket counts as there again after a refused dial or a path in use, without a change of the directory.
-pub const AGAIN_MAX: u32 = 6;
-/// The first time that it takes. Each is twice the one before.
-const AGAIN_FIRST: Duration = Duration::from_millis(25);
 
 /// The directory is looked at again when one of these happens in it.
 const CHANGES: WatchFlags = WatchFlags::CREATE
@@ -59,9 +55,15 @@ pub struct Args {
     /// The VMM's socket.
     #[arg(long, required_unless_present = "cid")]
     socket: Option<PathBuf>,
+    /// The directory of the VMM's socket stays as long as this process.
+    #[arg(long)]
+    stays: bool,
     /// CID of a VM whose streams the host's kernel carries.
     #[arg(long, conflicts_with = "socket")]
     cid: Option<u32>,
+    /// Where nobody can see whether the VM is there it counts as not there.
+    #[arg(long)]
+    only_seen: bool,
     /// Host port that the guest may dial; repeat for more.
     #[arg(long = "serve-port", value_name = "PORT")]
     serve_ports: Vec<u32>,
@@ -104,9 +106,7 @@ struct Keeper {
     watch: Option<i32>,
     /// The last dial was refused.
     refused: bool,
-    /// How often it was looked at again, and when that is next.
-    looked: u32,
-    again_at: Option<Instant>,
+    again: Again,
     owner: Option<Owner>,
     confined: Confined,
 }
@@ -117,8 +117,8 @@ struct Keeper {
 /// The kernel refuses to wait, or the path has no directory.
 pub fn run(args: Args, control: OwnedFd) -> io::Result<()> {
     let served = match (args.cid, args.socket) {
-        (Some(cid), _) => kernel::run(cid, control),
-        (None, Some(socket)) => serve(socket, &args.serve_ports, control),
+        (Some(cid), _) => kernel::run(cid, args.only_seen, control),
+        (None, Some(socket)) => serve(socket, args.stays, &args.serve_ports, control),
         (None, None) => Err(io::Error::other("neither a socket nor a CID")),
     };
     match served {
@@ -128,13 +128,13 @@ pub fn run(args: Args, control: OwnedFd) -> io::Result<()> {
     }
 }
 
-fn serve(path: PathBuf, serve_ports: &[u32], control: OwnedFd) -> io::Result<()> {
+fn serve(path: PathBuf, stays: bool, serve_ports: &[u32], control: OwnedFd) -> io::Result<()> {
     // What is made here is the VMM's and nobody else's, from the first moment on.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
     let dir = path.parent().map(Path::to_owned);
     let dir = dir.ok_or_else(|| io::Error::other("the VMM's socket has no directory"))?;
     let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-    let confined = confine(&dir)?;
+    let confined = confine(&dir, stays)?;
     let served = serve_ports.iter().map(|&port| {
         let mut at = path.clone().into_os_string();
         at.push(format!("_{port}"));
@@ -152,8 +152,7 @@ fn serve(path: PathBuf, serve_ports: &[u32], control: OwnedFd) -> io::Result<()>
         inotify,
         watch: None,
         refused: false,
-        looked: 0,
-        again_at: None,
+        again: Again::default(),
         owner: None,
         confined,
     };
@@ -165,11 +164,6 @@ fn serve(path: PathBuf, serve_ports: &[u32], control: OwnedFd) -> io::Result<()>
 impl Keeper {
     /// Waits once. Returns false when the port process has ended.
     fn turn(&mut self) -> io::Result<bool> {
-        let limit = self.again_at.map(|at| {
-            let left = at.saturating_duration_since(Instant::now());
-            // Rounded up, so that the time has come when it ends.
-            u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)
-        });
         let mut fds = vec![
             PollFd::new(self.wire.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
@@ -182,7 +176,7 @@ impl Keeper {
         for (_, (listener, _)) in &listening {
             fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         }
-        match poll(&mut fds, limit.map_or(PollTimeout::NONE, PollTimeout::from)) {
+        match poll(&mut fds, self.again.limit()) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(true),
             Err(e) => return Err(e.into()),
@@ -195,10 +189,10 @@ impl Keeper {
             .collect();
         if ready[1] {
             self.drain_events();
-            (self.looked, self.refused) = (0, false);
+            self.again.changed();
+            self.refused = false;
             self.look()?;
-        } else if self.again_at.is_some_and(|at| at <= Instant::now()) {
-            self.again_at = None;
+        } else if self.again.is_due() {
             self.refused = false;
             self.look()?;
         }
@@ -229,7 +223,7 @@ impl Keeper {
         let found = self.check().and_then(|(_, owner)| {
             self.owner = Some(owner);
             if let Err(why) = self.listen(owner) {
-                self.look_again();
+                self.again.later();
                 return Err(why);
             }
             match self.refused {
@@ -331,17 +325,9 @@ impl Keeper {
             }
         }
         if removed {
-            self.look_again();
+            self.again.later();
         }
         Ok(())
-    }
-
-    /// Looks again after a while, unless it has done so too often.
-    fn look_again(&mut self) {
-        if self.again_at.is_none() && self.looked < AGAIN_MAX {
-            self.again_at = Some(Instant::now() + AGAIN_FIRST * (1 << self.looked));
-            self.looked += 1;
-        }
     }
 
     // ---- streams
@@ -375,14 +361,14 @@ impl Keeper {
             Err(e) => {
                 if e.kind() == io::ErrorKind::ConnectionRefused {
                     self.refused = true;
-                    self.look_again();
+                    self.again.later();
                     self.look().map_err(|e| e.to_string())?;
                 }
                 // A full backlog is one of these: only this stream fails (R119).
                 return Err(format!("cannot connect to {}: {e}", self.path.display()));
             }
         };
-        (self.looked, self.again_at) = (0, None);
+        self.again.over();
         // Whole, and before anybody else has the socket: a Cloud Hypervisor that finds the end of a stream before the end of
         // this line ends the VM. An empty socket has room for it.
         let line = connect::request(port);

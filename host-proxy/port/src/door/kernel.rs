@@ -10,23 +10,26 @@
 //!
 //! Nobody is told that a VM has come. Its VMM opens `/dev/vhost-vsock`, and closes it at its end, so the device is watched (inotify), and
 //! what follows is looked at: a stream to a port that nobody has is begun, and not waited for. The VMM says the CID a moment after it
-//! has opened the device, and the kernel forgets it a moment after the device is closed, so it is looked again, [`AGAIN_MAX`] times at most. Where the device is not in this
-//! process' `/dev`, nobody can tell whether there is a VM: then it counts as there, and each dial says what it finds.
+//! has opened the device, and the kernel forgets it a moment after the device is closed, so it is looked again, a few times (`again.rs`). Where the
+//! device is not in this process' `/dev`, nobody can tell whether there is a VM: then it counts as there, and each dial says what it finds.
+//! Where other ways are looked at, too (`carrier = "auto"`), it counts as not there.
+//!
+//! It parses nothing and has no file, so it is confined to these sockets before it serves ([`confine`](super::confine)).
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, VsockAddr, connect, getsockopt, socket, sockopt::SocketError,
 };
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 
-use super::keeper::AGAIN_MAX;
+use super::again::Again;
+use super::confine::confine_to_vsock;
 use super::wire::{Asked, Wire};
 use super::{FAILED, GONE, OPENED};
 
@@ -34,8 +37,6 @@ use super::{FAILED, GONE, OPENED};
 const PENDING_MAX: usize = adit_channel::foreign::LINKS_MAX;
 /// How often a guest that does not answer is asked.
 const TRIES_MAX: u32 = 6;
-/// The first time after which a CID is looked for again. Each is twice the one before.
-const AGAIN_FIRST: Duration = Duration::from_millis(25);
 /// The first looks that are left out where the VM seems to be there still.
 const LOOKS_SPARED: u32 = 3;
 /// A port that nothing listens on: the last one that there is.
@@ -106,31 +107,38 @@ struct Keeper<S> {
     watch: Option<i32>,
     /// The device is one of those.
     sees_device: bool,
+    /// Where it is not, the VM counts as not there.
+    only_seen: bool,
     pending: Vec<Pending>,
     /// A VMM has closed the device lately: perhaps this one.
     closed: bool,
-    /// How often the CID was looked for again, and when that is next.
-    looked: u32,
-    again_at: Option<Instant>,
+    again: Again,
 }
 
 /// Serves until the port process ends. `control` is its end of the door.
-pub(super) fn run(cid: u32, control: OwnedFd) -> io::Result<()> {
-    serve(VhostVsock { cid }, cid, control)
+pub(super) fn run(cid: u32, only_seen: bool, control: OwnedFd) -> io::Result<()> {
+    let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+    confine_to_vsock()?;
+    serve(VhostVsock { cid }, (cid, only_seen), control, inotify)
 }
 
-fn serve(streams: impl Streams, cid: u32, control: OwnedFd) -> io::Result<()> {
+fn serve(
+    streams: impl Streams,
+    (cid, only_seen): (u32, bool),
+    control: OwnedFd,
+    inotify: OwnedFd,
+) -> io::Result<()> {
     let mut keeper = Keeper {
         streams,
         cid,
         wire: Wire::new(control),
-        inotify: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?,
+        inotify,
         watch: None,
         sees_device: false,
+        only_seen,
         pending: Vec::new(),
         closed: false,
-        looked: 0,
-        again_at: None,
+        again: Again::default(),
     };
     keeper.look()?;
     while keeper.turn()? {}
@@ -140,11 +148,6 @@ fn serve(streams: impl Streams, cid: u32, control: OwnedFd) -> io::Result<()> {
 impl<S: Streams> Keeper<S> {
     /// Waits once. Returns false when the port process has ended.
     fn turn(&mut self) -> io::Result<bool> {
-        let limit = self.again_at.map(|at| {
-            let left = at.saturating_duration_since(Instant::now());
-            // Rounded up, so that the time has come when it ends.
-            u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)
-        });
         let mut fds = vec![
             PollFd::new(self.wire.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
@@ -152,7 +155,7 @@ impl<S: Streams> Keeper<S> {
         for dial in &self.pending {
             fds.push(PollFd::new(dial.socket.as_fd(), PollFlags::POLLOUT));
         }
-        match poll(&mut fds, limit.map_or(PollTimeout::NONE, PollTimeout::from)) {
+        match poll(&mut fds, self.again.limit()) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(true),
             Err(e) => return Err(e.into()),
@@ -167,10 +170,9 @@ impl<S: Streams> Keeper<S> {
         }
         if ready[1] {
             self.closed |= self.drain_events();
-            self.looked = 0;
+            self.again.changed();
             self.look()?;
-        } else if self.again_at.is_some_and(|at| at <= Instant::now()) {
-            self.again_at = None;
+        } else if self.again.is_due() {
             self.look()?;
         }
         match ready[0] {
@@ -199,6 +201,10 @@ impl<S: Streams> Keeper<S> {
         self.watch();
         let found = match self.streams.missing() {
             Some(why) => Err(why),
+            None if !self.sees_device && self.only_seen => Err(format!(
+                "aditd does not see {}, so nobody can tell whether a VM has the CID: say `vsock`, or let its unit see the device",
+                self.streams.device().display()
+            )),
             None if !self.sees_device => Ok(()),
             None => match self.streams.begin(NOBODYS_PORT) {
                 // Closed at once, whatever becomes of it.
@@ -213,25 +219,16 @@ impl<S: Streams> Keeper<S> {
         match state {
             Ok(()) if self.closed => {
                 // It may be another VM's. Each look is a packet to the guest, so there are fewer.
-                self.looked = self.looked.max(LOOKS_SPARED);
-                self.look_again();
-                self.closed = self.again_at.is_some();
+                self.again.spare(LOOKS_SPARED);
+                self.closed = self.again.later();
             }
-            Ok(()) => (self.looked, self.again_at) = (0, None),
+            Ok(()) => self.again.over(),
             Err(_) => {
                 self.closed = false;
-                self.look_again();
+                self.again.later();
             }
         }
         self.wire.say_state(state)
-    }
-
-    /// Looks again after a while, unless it has done so too often.
-    fn look_again(&mut self) {
-        if self.again_at.is_none() && self.looked < AGAIN_MAX {
-            self.again_at = Some(Instant::now() + AGAIN_FIRST * (1 << self.looked));
-            self.looked += 1;
-        }
     }
 
     /// Watches the device, or the directory in which it will be.

@@ -59,10 +59,14 @@ impl<C: Carrier> Process<C> {
     /// The ring's port, if a dial to this target should use it.
     pub(super) fn ring_for(&self, to: &Target) -> Option<PortIndex> {
         let Target::Service(_) = to else { return None };
-        let rings = self.rings.as_ref()?;
-        let port = self.shard.port(rings.port);
-        let runs = port.epoch().is_some() && dock(port).is_some_and(Dock::running);
-        runs.then_some(rings.port)
+        let rings = self.rings.as_ref().filter(|_| self.uses_ring())?;
+        Some(rings.port)
+    }
+
+    /// Whether both sides use a ring.
+    pub(super) fn uses_ring(&self) -> bool {
+        let port = self.rings.as_ref().map(|r| self.shard.port(r.port));
+        port.is_some_and(|p| p.epoch().is_some() && dock(p).is_some_and(Dock::running))
     }
 
     pub(super) fn rings_changed(&mut self) {

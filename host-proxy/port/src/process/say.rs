@@ -5,12 +5,15 @@ use adit_channel::carrier::Carrier;
 use super::Process;
 use crate::control::{
     FEATURE_ACCEPTED, FEATURE_CONNECT, FEATURE_ENDS, FEATURE_KEY, FEATURE_LIMITS, FEATURE_TUNNELS,
-    Features, Held, Status, Stuck,
+    Features, Held, Status, Stuck, Way,
 };
 use crate::control_io::Message;
+use crate::ways;
 
 /// Longest text of a fault, in characters.
 const FAULT_MAX: usize = 500;
+/// Longest reason of a way, in characters.
+const WHY_MAX: usize = 1000;
 
 impl<C: Carrier> Process<C> {
     /// Tells `aditd` the state of the channel, if it changed: once a turn, and only when nothing else waits to be sent. How many
@@ -70,6 +73,28 @@ impl<C: Carrier> Process<C> {
                 self.say(Message::Held(Held {}), vec![]);
             }
         }
+    }
+
+    /// Tells `aditd` which way to the guest was chosen, if that changed.
+    pub(super) fn say_way(&mut self) {
+        let Some(ways) = &self.ways else { return };
+        let (choice, why) = ways.choice(self.uses_ring());
+        let number = ways::Way::number(choice.way);
+        if std::mem::replace(&mut self.way, number) != number {
+            // It is for the guest that was there before.
+            self.key = None;
+        }
+        let way = Way {
+            way: number,
+            why: why.chars().take(WHY_MAX).collect(),
+        };
+        // After the first status: aditd ignores other frames until the status has said which VM this is.
+        let can_say = self.aditd.is_some() && self.said.is_some();
+        if !can_say || self.said_way.as_ref() == Some(&way) {
+            return;
+        }
+        self.said_way = Some(way.clone());
+        self.say(Message::Way(way), vec![]);
     }
 
     /// Tells `aditd` which tunnels have ended, when nothing else waits to be sent.

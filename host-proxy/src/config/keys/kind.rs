@@ -60,7 +60,7 @@ pub(in crate::config) enum Kind {
     Labels,
     /// A path with a name in it.
     Pattern,
-    /// `"auto"`, `"vhost-user"`, `"ring"`, `{ hybrid = PATH }` or `{ vsock = { cid = N } }`.
+    /// `"auto"`, `"vhost-user"`, `"ring"`, `{ hybrid = PATH }`, `{ vsock = { cid = N } }` or `{ auto = { hybrid = PATH } }`.
     Carrier,
 }
 
@@ -164,8 +164,8 @@ impl Kind {
             ),
             Self::Sha256 => "64 of 0-9 and a-f in quotes".into(),
             Self::Carrier => {
-                "\"auto\", \"vhost-user\", \"ring\", { hybrid = PATH }, also with `half_closes = true`, or { vsock = { cid = N } }; the path is absolute, \
-                 and of at most 96 bytes; the CID is 3 to 4294967294"
+                "\"vhost-user\", \"ring\", { hybrid = PATH }, also with `half_closes = true`, { vsock = { cid = N } }, \"auto\" or \
+                 { auto = { hybrid = PATH } }; the path is absolute, and of at most 96 bytes; the CID is 3 to 4294967294"
                     .into()
             }
             Self::Pattern => {

@@ -515,12 +515,14 @@ pub(super) const KEYS: &[Key] = &[
     },
     Key {
         path: "vm.carrier",
-        meaning: "How the guest is reached. \"auto\" and \"vhost-user\": the VMM connects to the VM's vhost.sock, and may offer a ring. \
+        meaning: "How the guest is reached. \"vhost-user\": the VMM connects to the VM's vhost.sock, and may offer a ring. \
                   \"ring\": the same, and it is a fault that there is no ring. { hybrid = PATH }: the vsock socket of a Firecracker or Cloud Hypervisor; what the guest dials arrives at \
                   PATH_741, which aditd makes. With half_closes = true the VMM is one that passes half-closes on, which \
                   Firecracker does not. { vsock = { cid = N } }: the host's kernel (vhost_vsock), as QEMU's vhost-vsock-pci and \
-                  libvirt have it; such a VM can be migrated and saved.",
-        default: "\"auto\"",
+                  libvirt have it; such a VM can be migrated and saved. \"auto\": whichever there is, in the order ring, vhost-user, the \
+                  host's kernel with the VM's `cid`, v.sock in the VM's directory; or at the PATH of { auto = { hybrid = PATH } }. Whoever \
+                  may open /dev/vhost-vsock can then be the VM.",
+        default: "\"vhost-user\"",
         example: "{ hybrid = \"/run/fc/web-1/v.sock\" }",
         kind: Kind::Carrier,
     },

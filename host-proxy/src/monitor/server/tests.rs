@@ -73,6 +73,7 @@ fn start(ivshmem_mib: u32) -> Start {
         allow_any_memory: false,
         hybrid: None,
         kernel: false,
+        auto: false,
     }
 }
 

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use adit_channel::foreign::{Door, DoorNews};
 use adit_passed::Closer;
@@ -14,6 +15,7 @@ use nix::sys::socket::{SockFlag, socketpair};
 
 use super::*;
 use crate::door::DoorLink;
+use crate::door::again::AGAIN_FIRST;
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -72,6 +74,10 @@ struct World {
 
 impl World {
     fn new(said: Said, has_device: bool) -> Self {
+        Self::with(said, has_device, false)
+    }
+
+    fn with(said: Said, has_device: bool, only_seen: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let device = dir.path().join("vhost-vsock");
         if has_device {
@@ -85,7 +91,8 @@ impl World {
         let kind = SockType::SeqPacket;
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, flags).unwrap();
-        let thread = std::thread::spawn(move || serve(streams, 42, theirs));
+        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
+        let thread = std::thread::spawn(move || serve(streams, (42, only_seen), theirs, inotify));
         Self {
             said,
             link: DoorLink::over(ours, Closer::shared()),
@@ -260,4 +267,16 @@ fn where_the_device_cannot_be_seen_each_dial_says_what_it_finds() {
             (other, _) => panic!("{other:?}"),
         }
     }
+}
+
+#[test]
+fn beside_other_ways_a_vm_that_nobody_can_see_counts_as_not_there() {
+    let said = Said {
+        vm: true,
+        ..Said::default()
+    };
+    let mut world = World::with(said, false, true);
+    assert!(world.state().unwrap_err().contains("does not see"));
+    let _vmm = world.vmm();
+    assert_eq!(world.state(), Ok(()));
 }
