@@ -26,6 +26,16 @@ const TIMEOUT: u8 = 124;
 /// Exit status 130: by Ctrl-C, as a shell has it.
 const INTERRUPTED: u8 = 130;
 
+/// Codes of aditd, where it is not to blame.
+const WAY: [&str; 6] = [
+    "no-port-process",
+    "no-session",
+    "no-agent",
+    "no-answer",
+    "reset",
+    "broken-off",
+];
+
 /// A failed command.
 #[derive(Debug, Serialize)]
 pub struct Failure {
@@ -40,6 +50,9 @@ pub struct Failure {
     pub passing: bool,
     #[serde(skip)]
     exit: u8,
+    /// The exit status is what was asked for, whatever the code.
+    #[serde(skip)]
+    pub settled: bool,
 }
 
 impl Failure {
@@ -59,6 +72,7 @@ impl Failure {
             help: String::new(),
             passing: matches!(code, "unreachable" | "cut-off" | "busy"),
             exit,
+            settled: false,
         }
     }
 
@@ -68,6 +82,18 @@ impl Failure {
             exit: INTERRUPTED,
             ..Self::new("interrupted", message)
         }
+    }
+
+    /// With this exit status.
+    pub fn with_status(mut self, status: u8) -> Self {
+        (self.exit, self.settled) = (status, true);
+        self
+    }
+
+    /// Whether there was no stream to what was asked, or it broke off.
+    pub fn is_of_the_way(&self) -> bool {
+        let code = self.code.as_str();
+        self.is_about_aditd() || WAY.contains(&code)
     }
 
     pub fn io(what: &str, e: &io::Error) -> Self {

@@ -1,7 +1,7 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket, or on another host (`server`); signs goals here, so that no key leaves the manager.
 //!
 //! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `connect`, `forward`, `gate`, `config`,
-//! `events`, `doctor`, `completion`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
+//! `events`, `doctor`, `completion`, `exec`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
@@ -15,6 +15,7 @@ mod connect;
 mod doctor;
 mod error;
 mod events;
+mod exec;
 mod forward;
 mod gate;
 mod goal;
@@ -58,6 +59,7 @@ Examples:
   curl -x http://127.0.0.1:7080 http://web-1/      # the proxy needs no adit command
   ssh root@web-1.adit                              # by `adit connect`, see its --help
   adit forward web-1 8443:443
+  adit exec web-1 -- uname -a                      # where the guest's owner allows it
   adit --server https://host-a:7443 --ca hosts.crt --cert me.crt --key me.key proxy
   adit --server https://host-a:7443 --ca hosts.crt --token-file ops.token vm ls
 
@@ -125,6 +127,10 @@ enum Command {
     Resolve(resolve::Resolve),
     /// Wait until a VM is ready
     Wait(vm::Wait),
+    Exec(exec::Exec),
+    Ps(exec::Ps),
+    Attach(exec::Attach),
+    Kill(exec::Kill),
     /// Open a tunnel to a VM's port on standard input and output, or hand its socket to ssh
     Connect(connect::Connect),
     /// Listen on this host, and lead each connection to a VM's port
@@ -204,6 +210,10 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Trust(command) => trust::run(command, &client()?, format).await?,
         Command::Agent(command) => agent::run(command, &client()?, format).await?,
         Command::Access(command) => access::run(command, &client()?, format).await?,
+        Command::Exec(command) => return exec::run(command, &client()?, format).await,
+        Command::Ps(command) => exec::ps(command, &client()?, format).await?,
+        Command::Attach(command) => return exec::attach(command, &client()?, format).await,
+        Command::Kill(command) => exec::kill(command, &client()?, format).await?,
         Command::Connect(command) => {
             cli.which.is_not_asked("connect")?;
             connect::connect(command).await?;

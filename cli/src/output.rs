@@ -15,6 +15,11 @@ pub fn foreign_bytes(bytes: &[u8]) -> Result<(), Failure> {
     if !io::stdout().is_terminal() {
         return Ok(adit_print::bytes(bytes)?);
     }
+    Ok(adit_print::bytes(for_terminal(bytes).as_bytes())?)
+}
+
+/// Bytes that a guest wrote as a terminal may have them: escaped, but for newline and tab.
+pub fn for_terminal(bytes: &[u8]) -> String {
     let mut text = String::new();
     for line in String::from_utf8_lossy(bytes).split_inclusive('\n') {
         let (cells, end) = line.strip_suffix('\n').map_or((line, ""), |l| (l, "\n"));
@@ -22,7 +27,7 @@ pub fn foreign_bytes(bytes: &[u8]) -> Result<(), Failure> {
         text.push_str(&cells.join("\t"));
         text.push_str(end);
     }
-    Ok(adit_print::bytes(text.as_bytes())?)
+    text
 }
 
 /// Prints a line.

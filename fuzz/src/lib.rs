@@ -27,6 +27,7 @@
 //! | `client_hello_sni` | a TLS client's first message | a part of itself |
 //! | `dns_query` | a DNS client's | a second reader of header and question; a bound on the answer |
 //! | `grants` | an operator's grants, and a caller's names | one spelling; a second reader of the decision |
+//! | `exec_frames` | a client's of a command, and a guest's to `adit exec` | itself in other pieces; what is kept is bounded |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
 //! Seeds are in `corpus/TARGET/`: a minimal set of what libFuzzer found that still reaches every place it reached, and every input
@@ -46,6 +47,7 @@ mod client_hello_sni;
 mod descriptor_chain;
 mod dns_query;
 mod engine_ops;
+mod exec_frames;
 mod gate;
 mod grants;
 mod http_head;
@@ -74,7 +76,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 25] = [
+pub const TARGETS: [(&str, Target); 26] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -100,6 +102,7 @@ pub const TARGETS: [(&str, Target); 25] = [
     ("client_hello_sni", client_hello_sni::run),
     ("dns_query", dns_query::run),
     ("grants", grants::run),
+    ("exec_frames", exec_frames::run),
 ];
 
 /// The directory of a target's seeds.

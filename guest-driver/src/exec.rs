@@ -9,6 +9,7 @@ pub mod file;
 pub mod proc;
 pub mod reap;
 pub mod script;
+pub mod sessions;
 pub mod tree;
 
 use adit_tasks::wire::{Captured, Outcome};

@@ -38,6 +38,7 @@ pub mod runner;
 pub mod running;
 pub mod self_test;
 pub mod serve;
+pub mod session;
 pub mod show;
 mod sys;
 pub mod transport;

@@ -27,7 +27,7 @@ const ERROR: u8 = 3;
 const INFO: u8 = 6;
 
 /// Events that a client, or a process of this guest, causes by opening a stream, or the host by what it says.
-const BY_PEERS: [&str; 11] = [
+const BY_PEERS: [&str; 13] = [
     "stream",
     "stream-refused",
     "hello-refused",
@@ -39,6 +39,8 @@ const BY_PEERS: [&str; 11] = [
     "blob",
     "blob-refused",
     "agent-refused",
+    "exec-refused",
+    "exec-lost",
 ];
 /// Such an event gets one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);

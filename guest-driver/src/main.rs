@@ -16,7 +16,7 @@ use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
 use adit_guest_driver::upgrade::begin::{self, How};
 use adit_guest_driver::upgrade::{self, Begun, program};
-use adit_guest_driver::{documents, enrol, journal, show};
+use adit_guest_driver::{documents, enrol, journal, session, show};
 use adit_print::PrintError;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -105,6 +105,9 @@ enum Cmd {
         #[arg(long, default_value = DEFAULT_PATH)]
         config: PathBuf,
     },
+    /// Hold the session of a command: the agent starts it.
+    #[command(hide = true)]
+    ExecSession,
     /// Read a whole journal once.
     #[command(hide = true)]
     JournalCheck {
@@ -159,6 +162,7 @@ fn main() -> ExitCode {
         Cmd::Policy { command } => return policy(&command),
         Cmd::OnTrial { config } => return ExitCode::from(u8::from(!begin::is_on_trial(&config))),
         Cmd::Version => print(&format!("adit-guest {}\n", program::version())),
+        Cmd::ExecSession => session::run().map_err(Into::into),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
     match done {

@@ -13,6 +13,7 @@ use crate::live::Live;
 use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::agent::Agent;
+use crate::serve::exec::Exec;
 use crate::serve::{Admission, Identity, Server, blob};
 use crate::transport::Transport;
 use crate::upgrade::{Begun, Upgrade};
@@ -85,6 +86,8 @@ pub fn run(
     let agent = Agent::new(live.clone(), upgrade.clone());
     let server = Server::new(ports, blobs, Some(agent), identity.clone());
     server.offer(services);
+    let exec = Exec::new("/proc/self/exe".as_ref(), &run_dir);
+    server.runs(exec.map_err(system("make the directory of sessions usable"))?);
     server.govern(live.policy());
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))

@@ -54,6 +54,10 @@ pub struct ChildSetup {
     pub cwd: CString,
     /// What the agent has changed for itself since its start, and the child gets back.
     pub inherited: Inherited,
+    /// Its standard input is a terminal, which is to be its own.
+    pub tty: bool,
+    /// It is killed when the thread that starts it ends.
+    pub dies_with_parent: bool,
 }
 
 /// Starts a program in its own session with default signals, umask 022, no inherited descriptors and the given user.
@@ -76,6 +80,13 @@ pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
             nix::unistd::setuid(*uid)?;
         }
         nix::unistd::chdir(setup.cwd.as_c_str())?;
+        if setup.tty {
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        }
+        if setup.dies_with_parent {
+            // Behind the change of the user, which would undo it.
+            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        }
         Ok(())
     };
     // SAFETY: between fork and exec the closure makes only async-signal-safe system calls: it neither allocates (paths

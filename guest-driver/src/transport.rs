@@ -85,6 +85,17 @@ pub trait HostStream: Send + 'static {
         Box::new(self)
     }
 
+    /// Whether nobody but the host can have dialled it, whatever its hello says.
+    fn is_hosts(&self) -> bool {
+        false
+    }
+
+    /// The socket that it is, for another process; itself, if its bytes are not those of a socket.
+    ///
+    /// # Errors
+    /// It is none.
+    fn into_socket(self: Box<Self>) -> Result<OwnedFd, Box<dyn HostStream>>;
+
     /// Relays to a local socket and back, without a time limit; may return before the streams have ended.
     ///
     /// # Errors
@@ -119,6 +130,10 @@ impl HostStream for Conn {
             0 => Box::new(self),
             _ => Box::new(Chunked::new(self)),
         }
+    }
+
+    fn into_socket(self: Box<Self>) -> Result<OwnedFd, Box<dyn HostStream>> {
+        Ok((*self).into())
     }
 
     fn relay_to(self: Box<Self>, local: Self) -> io::Result<()> {

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -31,6 +31,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::metrics::{Listener as Counted, Turned};
 use crate::proxy::linger;
+use crate::taken::Taken;
 
 /// How long a client may take for a request's header, and again for its body.
 pub const HEADER_LIMIT: Duration = Duration::from_secs(10);
@@ -369,7 +370,7 @@ pub async fn serve<L, A>(
     stop: CancellationToken,
 ) where
     L: Listener,
-    L::Io: AsRawFd,
+    L::Io: AsRawFd + AsFd,
     A: Admits + Send + Sync + 'static,
 {
     let app = TowerToHyperService::new(app);
@@ -413,12 +414,14 @@ pub async fn connection<I>(
     stop: CancellationToken,
     admits: impl Admits + Send + Sync,
 ) where
-    I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
+    I: tokio::io::AsyncRead + tokio::io::AsyncWrite + AsFd + Send + Unpin + 'static,
 {
     let mut client = tokio_io_timeout::TimeoutWriter::new(client);
     client.set_timeout(Some(READ_LIMIT));
     let client = Box::pin(client);
     let unread = AtomicBool::new(false);
+    let taken = Mutex::new(None::<Taken>);
+    let is_taken = &taken;
     let (place, app, is_unread, admits) = (&place, &app, &unread, &admits);
     let service = service_fn(|request: Request<Incoming>| async move {
         let (mut parts, body) = request.into_parts();
@@ -442,7 +445,11 @@ pub async fn connection<I>(
         };
         place.spoke();
         let request = Request::from_parts(parts, axum::body::Body::from(body));
-        app.call(request).await
+        app.call(request).await.map(|mut response| {
+            let mut taken = is_taken.lock().unwrap_or_else(PoisonError::into_inner);
+            *taken = response.extensions_mut().remove();
+            response
+        })
     });
     let mut served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -458,8 +465,27 @@ pub async fn connection<I>(
             (&mut served).await
         }
     };
+    let taken = is_taken
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
     if let Err(e) = ended {
         tracing::debug!(error = %e, "client connection ended");
+    } else if let Some(taken) = taken {
+        let parts = served.into_parts();
+        // What was read of it, and a duplicate of it: from here on whoever takes it has the only one.
+        let client = parts.io.into_inner();
+        let own = client
+            .as_ref()
+            .get_ref()
+            .get_ref()
+            .as_fd()
+            .try_clone_to_owned();
+        drop(client);
+        match own {
+            Ok(own) => taken.take(own, parts.read_buf).await,
+            Err(e) => tracing::debug!(error = %e, "no descriptor for a client that is given away"),
+        }
     } else if unread.load(Ordering::Relaxed) {
         let mut client = served.into_parts().io.into_inner();
         tokio::select! {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
-use adit_port::control::{Limit, Target};
+use adit_port::control::Limit;
 use adit_tasks::TrustStore;
 use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore};
@@ -261,11 +261,11 @@ impl State {
     }
 
     /// What limits the bytes of a stream of this caller that is there already; none: no grant lets it be there.
-    pub fn limits(&self, caller: &Caller, target: &Target, vm: &VmEntry) -> Option<Vec<Limit>> {
+    pub fn limits(&self, caller: &Caller, verb: Verb<'_>, vm: &VmEntry) -> Option<Vec<Limit>> {
         if caller.is_owner() {
             return Some(Vec::new());
         }
-        let (grants, verb, of_vm) = (self.grants(), Verb::Reach(target), vm.spec().bytes_per_s);
+        let (grants, of_vm) = (self.grants(), vm.spec().bytes_per_s);
         vm.viewed(|view| {
             let all = grants.all_granted(caller, verb, view, self.now_ms());
             let by = most_bytes_first(all).first().copied()?;
@@ -281,14 +281,14 @@ impl State {
     pub fn rated(
         &self,
         caller: &Caller,
-        target: &Target,
+        verb: Verb<'_>,
         vm: &VmEntry,
     ) -> Result<Option<(String, Vec<Limit>)>, Refusal> {
         if caller.is_owner() {
             return Ok(None);
         }
         let spec = vm.spec();
-        let (grants, verb, now_ms) = (self.grants(), Verb::Reach(target), self.now_ms());
+        let (grants, now_ms) = (self.grants(), self.now_ms());
         let of = counted_as(&caller.to_string(), caller.from());
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         let passed_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -326,11 +326,22 @@ impl State {
 
     /// Writes down what is allowed and carries nothing, if that is wanted; `by`: where the grant is written.
     pub fn allowed(&self, caller: &Caller, verb: &'static str, vm: &str, by: &str) {
+        self.allowed_to(caller, verb, (vm, ""), by);
+    }
+
+    /// The same, of something in the VM.
+    pub fn allowed_to(
+        &self,
+        caller: &Caller,
+        verb: &'static str,
+        (vm, target): (&str, &str),
+        by: &str,
+    ) {
         let allowed = Allowed {
             caller: (&caller.to_string(), caller.from()),
             verb,
             vm,
-            target: "",
+            target,
             reason: by,
             moved: None,
             trace_id: "",

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use adit_channel::ring::RingBells;
 use adit_guest_driver::config::Config;
+use adit_guest_driver::policy::{Standing, parse};
+use adit_guest_driver::serve::exec::Exec;
 use adit_guest_driver::serve::{Identity, Server, blob};
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
@@ -34,6 +36,34 @@ pub fn start(vm: &Path, ports: &[u16]) -> anyhow::Result<()> {
 /// # Errors
 /// As [`start`], or the agent would not take these.
 pub fn start_with(vm: &Path, ports: &[u16], services: &str) -> anyhow::Result<()> {
+    begin(vm, ports, services, |_| Ok(()))
+}
+
+/// The same without ports, for commands: sessions are processes of `program`, found in `run_dir`, and this policy decides.
+///
+/// # Errors
+/// As [`start`], or the agent would not take the policy.
+pub fn start_running(
+    vm: &Path,
+    program: &Path,
+    run_dir: &Path,
+    policy: &str,
+) -> anyhow::Result<()> {
+    begin(vm, &[], "", |server| {
+        let text = parse::parse(policy.as_bytes());
+        let text = text.map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
+        server.runs(Exec::new(program, run_dir)?);
+        server.govern(Arc::new(Standing::of("policy.toml".as_ref(), text)));
+        Ok(())
+    })
+}
+
+fn begin(
+    vm: &Path,
+    ports: &[u16],
+    services: &str,
+    set_up: impl FnOnce(&Server) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let config = Config::parse("adit-guest.toml".as_ref(), services)?;
     let socket: PathBuf = vm.join("ring.sock");
     wait_for("a ring's socket", LIMIT, || {
@@ -58,6 +88,7 @@ pub fn start_with(vm: &Path, ports: &[u16], services: &str) -> anyhow::Result<()
     let blobs = blob::store("/nowhere".as_ref());
     let server = Server::new(ports.to_vec(), blobs, None, identity);
     server.offer(config.service);
+    set_up(&server)?;
     std::thread::Builder::new()
         .name("agent".into())
         .spawn(move || {

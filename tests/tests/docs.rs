@@ -6,22 +6,24 @@ use std::path::{Path, PathBuf};
 
 use adit_api::{TaskState, VmState};
 
-const PAGES: [&str; 9] = [
+const PAGES: [&str; 10] = [
     "README.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "docs/install.md",
     "docs/operate.md",
     "docs/clients.md",
+    "docs/exec.md",
     "docs/link-your-vmm.md",
     "docs/link-the-ring.md",
     "docs/which-carrier.md",
 ];
 /// Folders whose every source file is in a table of ARCHITECTURE.md.
-const PRODUCT: [&str; 21] = [
+const PRODUCT: [&str; 22] = [
     "names",
     "blob",
     "cgroup",
+    "exec",
     "passed",
     "print",
     "ringbuf",

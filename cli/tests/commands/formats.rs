@@ -11,8 +11,17 @@ use crate::text;
 const KEY: &str = "00112233445566778899aabbccddeeff";
 
 /// They need an agent to hand over, a proxy, or a server: `agents.rs`, `connecting.rs`, `forwarding.rs` and `tests/tests/ways_hosts.rs` have
-/// their tests. What `adit connect` prints is the guest's.
-const ELSEWHERE: [&str; 4] = ["agent-upgrade", "connect", "forward", "proxy"];
+/// their tests, and so has `tests/tests/exec.rs`. What `adit connect` and `adit exec` print is the guest's.
+const ELSEWHERE: [&str; 8] = [
+    "agent-upgrade",
+    "attach",
+    "connect",
+    "exec",
+    "forward",
+    "kill",
+    "proxy",
+    "ps",
+];
 
 /// Each command, and how it is called. Files that one makes, others read.
 const CALLS: &[(&str, &[&str])] = &[

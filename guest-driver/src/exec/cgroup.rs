@@ -4,6 +4,8 @@
 //! ```text
 //! MOUNT/adit-tasks               controllers are switched on for what is below; no process is in it
 //! MOUNT/adit-tasks/adit-task-ID  one task, and what daemons it left; removed when it is empty
+//! MOUNT/adit-tasks/adit-task-exec-ID  the same of a session of the service `exec`
+//! MOUNT/adit-tasks/adit-task-exec  the processes that have the sessions, without limits
 //! ```
 //! `adit-tasks` is beside the agent's own cgroup and not below it. So the limits of the agent's service do not hold for a
 //! task, and a service manager that ends or restarts the agent ends no daemon with it. The agent's cgroup may also have
@@ -27,6 +29,9 @@ use super::proc;
 
 /// Prefix of our directories, followed by the task id in hex.
 const PREFIX: &str = "adit-task-";
+
+/// Where session processes are.
+const SESSIONS: &str = "adit-task-exec";
 
 /// The directory in which they are.
 const TASKS: &str = "adit-tasks";
@@ -109,6 +114,13 @@ pub fn mount_if_absent() -> io::Result<()> {
         flags,
         None::<&str>,
     )?)
+}
+
+/// The file by which a session process enters the cgroup of all of them; none: the kernel or our rights do not allow it.
+pub fn of_sessions(base: &Path) -> Option<OwnedFd> {
+    let dir = base.join(SESSIONS);
+    let is_there = dir.is_dir() || fs::create_dir(&dir).is_ok();
+    is_there.then(|| Cgroup(dir).procs()).flatten()
 }
 
 /// One task's cgroup.
@@ -230,7 +242,7 @@ fn sweep(base: &Path) {
     let entries = fs::read_dir(base).into_iter().flatten().flatten();
     for dir in entries.map(|e| e.path()) {
         let name = dir.file_name().unwrap_or_default().as_encoded_bytes();
-        if name.starts_with(PREFIX.as_bytes()) && used(&dir) {
+        if name.starts_with(PREFIX.as_bytes()) && name != SESSIONS.as_bytes() && used(&dir) {
             let _ = fs::remove_dir(&dir);
         }
     }

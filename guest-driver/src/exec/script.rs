@@ -41,7 +41,8 @@ use crate::{log, protect, sys};
 /// Between SIGTERM and SIGKILL at a timeout.
 const GRACE: Duration = Duration::from_secs(1);
 /// Search path of a child whose step declares none.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const DEFAULT_PATH: &str =
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Most bytes read from a pipe after the child has ended: what a full pipe can hold, and then no more.
 const DRAIN_MAX: usize = 1 << 20;
 
@@ -206,6 +207,8 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
         user: credentials(&user)?,
         cwd: CString::new(script.cwd.as_str()).map_err(|_| "cwd has a NUL byte".to_owned())?,
         inherited: protect::inherited(),
+        tty: false,
+        dies_with_parent: false,
     };
     let mut command = Command::new(&script.interpreter);
     command.arg(text).args(&script.args).env_clear();
@@ -227,7 +230,7 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
 
 /// The reading and the writing end. Only a pipe's owner may open it again by the name /dev/stdout, so the script's user
 /// becomes its owner.
-fn output_pipe(user: &User) -> io::Result<[OwnedFd; 2]> {
+pub(crate) fn output_pipe(user: &User) -> io::Result<[OwnedFd; 2]> {
     let (reader, writer) = io::pipe()?;
     if user.uid != Uid::effective() {
         nix::unistd::fchown(&writer, Some(user.uid), Some(user.gid))?;
@@ -275,7 +278,7 @@ fn explain(script: &Script, e: &io::Error) -> String {
 }
 
 /// Groups, gid and uid to become; none if the agent is that user already and has no right to change its groups.
-fn credentials(user: &User) -> Result<Option<(Vec<Gid>, Gid, Uid)>, String> {
+pub(crate) fn credentials(user: &User) -> Result<Option<(Vec<Gid>, Gid, Uid)>, String> {
     if user.uid == Uid::effective() && !user.uid.is_root() {
         return Ok(None);
     }

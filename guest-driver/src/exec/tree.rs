@@ -10,6 +10,8 @@
 //! 3. its session, if that is from before the task (and its leader is the one from then: numbers come again);
 //! 4. the marker `ADIT_TASK_ID` in its environment, if a daemon from before the task has the same.
 //!
+//! What descends from a session of the service `exec` is none of a task's.
+//!
 //! Without a cgroup a daemon's worker that has changed its parent, its session *and* its environment cannot be told from the
 //! running task's processes, and ends with them at a timeout.
 //! After a crash of the agent they no longer descend from it; they are then found by the marker, and by the sessions of the
@@ -25,12 +27,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::cgroup::{self, Cgroup};
 use super::proc::{self, Proc, ProcId};
-use super::reap;
+use super::{reap, sessions};
 
 /// Environment variable that every process of a task inherits.
 pub const MARKER: &str = "ADIT_TASK_ID";
 /// How long killing may take; a process in an uninterruptible wait does not die.
-const KILL_LIMIT: Duration = Duration::from_secs(4);
+pub const KILL_LIMIT: Duration = Duration::from_secs(4);
 
 /// Most dying processes that are waited for at a time: each has a descriptor.
 const AWAITED_MAX: usize = 16;
@@ -120,7 +122,7 @@ impl Tree {
 
     /// Whether a process is this task's, see the top of this file.
     fn owns(&self, table: &HashMap<i32, Proc>, p: &Proc, script: i32) -> bool {
-        if !descends(table, p) {
+        if !descends(table, p) || sessions::has_any(ancestry(table, p).map(|at| at.id)) {
             return false;
         }
         if let Some(task) = cgroup::of(p.id.pid) {
@@ -138,14 +140,7 @@ impl Tree {
     /// Kills what is left in the script's own session after the script ended by itself: background jobs. A daemon,
     /// which has a session of its own, is left running.
     pub fn end_session(&self, session: i32) -> bool {
-        let members = || {
-            proc::table()
-                .values()
-                .filter(|p| p.session == session && !p.zombie)
-                .map(|p| p.id)
-                .collect()
-        };
-        kill_until(Instant::now() + KILL_LIMIT, members)
+        kill_session(session)
     }
 
     /// Reaps our children that have ended, and releases the cgroup; returns how many daemons go on.
@@ -154,6 +149,28 @@ impl Tree {
         let ours = self.members(script).len();
         self.cgroup.map_or(0, Cgroup::release).max(ours)
     }
+}
+
+/// Kills all processes of a session; false if something could not be killed.
+pub fn kill_session(session: i32) -> bool {
+    let members = || {
+        proc::table()
+            .values()
+            .filter(|p| p.session == session && !p.zombie)
+            .map(|p| p.id)
+            .collect()
+    };
+    kill_until(Instant::now() + KILL_LIMIT, members)
+}
+
+/// Kills all that descends from this process; false if something could not be killed.
+pub fn kill_descendants() -> bool {
+    let members = || {
+        let table = proc::table();
+        let live = table.values().filter(|p| !p.zombie);
+        live.filter(|p| descends(&table, p)).map(|p| p.id).collect()
+    };
+    kill_until(Instant::now() + KILL_LIMIT, members)
 }
 
 /// Kills what an earlier agent left of a task; false if something could not be killed.

@@ -247,9 +247,16 @@ pub fn notes(policy: &Policy) -> Vec<(usize, String)> {
             notes.push((rule.users.line, text.into()));
         }
     }
-    for rule in policy.exec.iter().filter(|r| r.allow.value != Exec::Off) {
-        let text = "this agent has no exec: the rule is for a later version";
-        notes.push((rule.line, text.into()));
+    for rule in &policy.exec {
+        let text = match rule.allow.value {
+            Exec::Off => continue,
+            Exec::Ticket => "this agent takes no tickets: the rule is for a later version",
+            Exec::Host if means_root(&rule.users.value) => {
+                "the host may have commands run as root: they can do everything, and change this file"
+            }
+            Exec::Host => continue,
+        };
+        notes.push((rule.allow.line, text.into()));
     }
     let numbers = accounts::of_policy(policy, &System);
     let (users, groups) = policy.names();

@@ -485,6 +485,11 @@ impl Policy {
         (of_steps.chain(of_exec).collect(), groups.collect())
     }
 
+    /// Whether any rule lets the host have commands run.
+    pub fn lets_host(&self) -> bool {
+        self.exec.iter().any(|rule| rule.allow.value == Exec::Host)
+    }
+
     /// How many rules it has.
     pub fn rules(&self) -> usize {
         self.steps.len() + self.services.len() + self.exec.len()

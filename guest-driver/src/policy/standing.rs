@@ -148,13 +148,21 @@ impl Standing {
     /// Decides a request: the only way to [`Policy::decide`].
     pub fn answer(&self, request: &Request<'_>, guest: &dyn Lookup) -> Answer {
         match &self.force {
-            Force::None => Answer {
-                file: None,
-                allowed: true,
-                line: None,
-                reason: "there is no policy file".into(),
-                root: None,
-            },
+            Force::None => {
+                // What a guest's owner has to switch on is off where nothing says anything.
+                let is_exec = matches!(request, Request::Exec { .. });
+                let reason = match is_exec {
+                    true => "there is no policy file, and without one commands are off",
+                    false => "there is no policy file",
+                };
+                Answer {
+                    file: None,
+                    allowed: !is_exec,
+                    line: None,
+                    reason: reason.into(),
+                    root: None,
+                }
+            }
             Force::Closed(file) => Answer {
                 file: Some(file.clone()),
                 allowed: false,
@@ -204,6 +212,47 @@ impl Standing {
         match answer.allowed {
             true => Ok(answer.root),
             false => Err(answer.said()),
+        }
+    }
+
+    /// Whether the host may have any command run at all, and anything that runs shown: what is off is off for all that is asked.
+    ///
+    /// # Errors
+    /// It may not: there is no policy, or it has no rule that lets the host.
+    pub fn exec_at_all(&self) -> Result<(), Refusal> {
+        let denied = |why: String| Err(Refusal::new(Code::Denied, why));
+        match &self.force {
+            Force::None => denied(format!(
+                "commands are off in this guest: its owner's policy ({DEFAULT_FILE}) would have to allow them, and there is none"
+            )),
+            Force::Closed(file) => denied(format!(
+                "commands are off in this guest: its policy {} cannot be used",
+                file.display()
+            )),
+            Force::Policy(policy) if policy.1.lets_host() => Ok(()),
+            Force::Policy(policy) => denied(format!(
+                "commands are off in this guest: no [[exec]] of its policy {} has `allow = \"host\"`",
+                policy.0.display()
+            )),
+        }
+    }
+
+    /// Whether the host may have this program run as this user.
+    ///
+    /// # Errors
+    /// It may not; where that is said, and why.
+    pub fn exec(&self, user: &str, program: &str) -> Result<(), String> {
+        self.exec_at_all()
+            .map_err(|refusal| refusal.text().to_owned())?;
+        let request = Request::Exec {
+            user: accounts::user(user, &System),
+            command: program,
+            ticket: false,
+        };
+        let answer = self.answer(&request, &System);
+        match answer.allowed {
+            true => Ok(()),
+            false => Err(format!("the guest's policy: {}", answer.said())),
         }
     }
 

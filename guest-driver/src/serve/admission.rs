@@ -41,6 +41,8 @@ struct State {
     required: bool,
     /// The host has said so.
     keyed: bool,
+    /// The host has said whether there is a key, on the agent's own stream as it is now.
+    told: bool,
     key: Option<HostKey>,
     /// Hellos with this key that were served.
     served: Serials,
@@ -70,6 +72,7 @@ impl Admission {
     /// The host has given a key on the agent's own stream, or none.
     pub fn given(&self, key: Option<HostKey>) {
         let mut state = self.lock();
+        state.told = true;
         state.keyed = key.is_some();
         state.key = key;
         state.served = Serials::default();
@@ -84,7 +87,36 @@ impl Admission {
 
     /// The agent's own stream has ended, and with it the key.
     pub fn ended(&self) {
-        self.lock().key = None;
+        let mut state = self.lock();
+        (state.key, state.told) = (None, false);
+    }
+
+    /// Whether a hello that may be served is known to be the host's: it has shown the key, or the host has said that nobody else can
+    /// dial. Before that anybody could who may open the VMM's socket.
+    ///
+    /// # Errors
+    /// The host has not said that yet.
+    pub fn is_hosts(&self) -> Result<(), Refusal> {
+        self.is_hosts_within(WAIT)
+    }
+
+    fn is_hosts_within(&self, limit: Duration) -> Result<(), Refusal> {
+        let end = Instant::now() + limit;
+        let mut state = self.lock();
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match state.keyed || state.required || state.told {
+                true => return Ok(()),
+                false if left.is_zero() => {
+                    let text = "the agent has no stream to its host yet, which says who may dial";
+                    return Err(Refusal::busy(text));
+                }
+                false => {
+                    let waited = self.changed.wait_timeout(state, left);
+                    (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
     }
 
     /// Whether a hello may be served.
@@ -230,6 +262,22 @@ mod tests {
         drop(run_dir);
         second.given(Some(HostKey::new([3; KEY_LEN])));
         assert!(admits(&second, "tcp:22", Some(3)));
+    }
+
+    #[test]
+    fn r120_before_the_host_has_said_who_may_dial_nobody_is_known_to_be_it() {
+        let known = |admission: &Admission| admission.is_hosts_within(Duration::ZERO).is_ok();
+        let admission = Admission::default();
+        // A tunnel is served then, a command is not.
+        assert!(admits(&admission, "exec", None) && !known(&admission));
+        admission.given(None);
+        assert!(known(&admission));
+        admission.ended();
+        assert!(!known(&admission));
+        // With a key only who has it is admitted at all.
+        admission.given(Some(HostKey::new([1; KEY_LEN])));
+        admission.ended();
+        assert!(known(&admission) && !admits(&admission, "exec", None));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod admission;
 pub mod agent;
 pub mod blob;
+pub mod exec;
 mod named;
 mod note;
 mod ping;
@@ -30,6 +31,7 @@ use adit_channel::refusal::{Refusal, is_shortage};
 use adit_channel::stream::Listener;
 
 use self::agent::Agent;
+use self::exec::Exec;
 use self::services::Services;
 use self::shares::{Shares, busy};
 use crate::config::NamedService;
@@ -144,6 +146,11 @@ impl Server {
     /// Serves these under their names instead, in the same way.
     pub fn offer(&self, services: Vec<NamedService>) {
         self.services.named.offer(services);
+    }
+
+    /// Runs commands, as far as the policy allows.
+    pub fn runs(&self, exec: Exec) {
+        self.services.runs(exec);
     }
 
     /// Serves only hellos with the MAC of the host's key, also before the host has given one.
@@ -291,7 +298,11 @@ impl Server {
         }
         self.identity.saw(&open.common);
         let trace = trace(&open);
-        let (version, run) = match self.services.open(&open) {
+        let known = match self.services.is_for_the_host(&open) && !conn.is_hosts() {
+            true => self.identity.admission.is_hosts(),
+            false => Ok(()),
+        };
+        let (version, run) = match known.and_then(|()| self.services.open(&open)) {
             Ok(opened) => opened,
             Err(refusal) => {
                 let fields: [(&str, &dyn Display); 4] = [

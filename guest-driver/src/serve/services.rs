@@ -4,7 +4,7 @@
 //! way, and it answers by what it will do with the stream: what can fail, fails before the host hears `accept`.
 
 use std::io;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use adit_blob::Store;
 use adit_channel::hello::{self, Open};
@@ -13,6 +13,7 @@ use adit_names::ServiceName;
 
 use super::agent::Agent;
 use super::blob::Blob;
+use super::exec::Exec;
 use super::named::Named;
 use super::ping::Ping;
 use super::shares::Shares;
@@ -31,6 +32,16 @@ pub trait Service: Send + Sync {
     /// Whether a name is its own.
     fn takes(&self, name: &ServiceName) -> bool;
 
+    /// Whether only the host may have it: a hello that may be somebody else's is refused.
+    fn is_for_the_host(&self) -> bool {
+        false
+    }
+
+    /// Whether the policy has rules for it besides those for what may be dialled; it asks them itself then.
+    fn has_own_rules(&self) -> bool {
+        false
+    }
+
     /// Checks what a hello asks for, and opens what is behind it.
     ///
     /// # Errors
@@ -47,6 +58,7 @@ pub struct Services {
     ping: Ping,
     blob: Blob,
     agent: Option<Agent>,
+    exec: OnceLock<Exec>,
     policy: RwLock<Arc<Standing>>,
 }
 
@@ -59,20 +71,39 @@ impl Services {
             ping: Ping,
             blob: Blob::new(blobs),
             agent,
+            exec: OnceLock::new(),
             policy: RwLock::default(),
         }
     }
 
     /// Has this policy decide which of them may be dialled, besides what each allows by itself.
     pub fn govern(&self, policy: Arc<Standing>) {
+        if let Some(exec) = self.exec.get() {
+            exec.govern(policy.clone());
+        }
         *self.policy.write().unwrap_or_else(PoisonError::into_inner) = policy;
+    }
+
+    /// Has commands run, by the policy as it is now and will be. The first one counts.
+    pub fn runs(&self, exec: Exec) {
+        let exec = self.exec.get_or_init(|| exec);
+        let policy = self.policy.read();
+        exec.govern(policy.unwrap_or_else(PoisonError::into_inner).clone());
+    }
+
+    /// Whether a hello asks for what only the host may have.
+    pub fn is_for_the_host(&self, open: &Open) -> bool {
+        let all = self.all();
+        all.iter()
+            .any(|s| s.is_for_the_host() && s.takes(&open.service))
     }
 
     /// Their order means nothing: no name belongs to two.
     fn all(&self) -> Vec<&dyn Service> {
         let agent = self.agent.iter().map(|agent| agent as &dyn Service);
+        let exec = self.exec.get().map(|exec| exec as &dyn Service);
         let all: [&dyn Service; 4] = [&self.tcp, &self.named, &self.ping, &self.blob];
-        all.into_iter().chain(agent).collect()
+        all.into_iter().chain(agent).chain(exec).collect()
     }
 
     /// Opens what a hello asks for; the version is what both sides speak.
@@ -100,7 +131,9 @@ fn open_one_of(
         let text = format!("this agent serves {}", forms.join(", "));
         return Err(Refusal::new(Code::UnknownService, text));
     };
-    policy.dial(&open.service)?;
+    if !service.has_own_rules() {
+        policy.dial(&open.service)?;
+    }
     Ok((version, service.open(open)?))
 }
 

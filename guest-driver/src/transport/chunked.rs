@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use adit_channel::chunk::{ChunkError, HEAD_LEN, Piece, Reader, Stop, Writer};
@@ -48,6 +49,10 @@ impl HostStream for Chunked {
             writer.sent(n);
         }
         Ok(())
+    }
+
+    fn into_socket(self: Box<Self>) -> Result<OwnedFd, Box<dyn HostStream>> {
+        Err(self)
     }
 
     fn relay_to(self: Box<Self>, local: Conn) -> io::Result<()> {
@@ -117,7 +122,6 @@ impl Write for &Chunked {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
     use super::*;

@@ -91,6 +91,14 @@ impl HostStream for Stream {
         self.shutdown(How::Send)
     }
 
+    fn is_hosts(&self) -> bool {
+        true
+    }
+
+    fn into_socket(self: Box<Self>) -> Result<OwnedFd, Box<dyn HostStream>> {
+        Err(self)
+    }
+
     fn relay_to(self: Box<Self>, local: Conn) -> io::Result<()> {
         local.set_nonblocking()?;
         self.splice(local.into());

@@ -12,6 +12,7 @@ mod delivery;
 mod disk;
 mod documents;
 mod enrol;
+mod exec;
 mod host;
 mod install;
 mod own;

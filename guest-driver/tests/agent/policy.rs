@@ -19,7 +19,7 @@ use crate::own::{dial, until};
 const DENY: &str = "default = \"deny\"\n";
 
 /// A host whose guest has this policy.
-fn host(rules: &str) -> Host {
+pub fn host(rules: &str) -> Host {
     let host = Host::new();
     let file = host.path("policy.toml");
     let path = host.path("adit-guest.toml");
@@ -29,13 +29,13 @@ fn host(rules: &str) -> Host {
     host
 }
 
-fn put(host: &Host, text: &str) {
+pub fn put(host: &Host, text: &str) {
     let file = host.path("policy.toml");
     fs::write(&file, text).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
 }
 
-fn hup(host: &Host) {
+pub fn hup(host: &Host) {
     kill(Pid::from_raw(host.pid()), Signal::SIGHUP).unwrap();
 }
 

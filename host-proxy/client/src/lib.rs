@@ -17,8 +17,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HOST};
-use hyper::{Request, Response};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -26,6 +26,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 pub use error::ClientError;
+pub use hyper::upgrade::Upgraded;
 pub use hyper::{HeaderMap, Method};
 pub use lines::Lines;
 
@@ -204,6 +205,29 @@ impl Client {
         Err(refused.map_or_else(|e| e, |answer| ClientError::Status(answer.status)))
     }
 
+    /// POSTs for a connection that becomes a stream of that protocol.
+    ///
+    /// # Errors
+    /// As [`ClientError`] says.
+    pub async fn upgrade(
+        &self,
+        path: &str,
+        protocol: &str,
+    ) -> Result<TokioIo<Upgraded>, ClientError> {
+        self.in_time(async {
+            let answer = self
+                .send_as(Method::POST, path, None, Some(protocol))
+                .await?;
+            if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+                let refused = Answer::read(answer).await?.accepted();
+                return Err(refused.map_or_else(|e| e, |answer| ClientError::Status(answer.status)));
+            }
+            let upgraded = hyper::upgrade::on(answer).await;
+            upgraded.map(TokioIo::new).map_err(ClientError::NoAnswer)
+        })
+        .await
+    }
+
     /// Makes a request, and returns the answer whatever its status is.
     ///
     /// # Errors
@@ -243,11 +267,27 @@ impl Client {
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let request = Request::builder()
+        self.send_as(method, path, body, None).await
+    }
+
+    async fn send_as(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+        protocol: Option<&str>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header(HOST, "aditd")
-            .header(CONTENT_TYPE, "application/json")
+            .header(CONTENT_TYPE, "application/json");
+        if let Some(protocol) = protocol {
+            request = request
+                .header(CONNECTION, "upgrade")
+                .header(UPGRADE, protocol);
+        }
+        let request = request
             .body(Full::new(Bytes::from(body.unwrap_or_default())))
             .map_err(|source| ClientError::Path {
                 path: path.to_owned(),
@@ -284,7 +324,7 @@ async fn exchange(
 ) -> Result<Response<Incoming>, ClientError> {
     let shaken = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = shaken.map_err(ClientError::NoAnswer)?;
-    tokio::spawn(connection);
+    tokio::spawn(connection.with_upgrades());
     let answer = sender.send_request(request).await;
     answer.map_err(ClientError::NoAnswer)
 }

@@ -32,6 +32,8 @@ pub enum Verb<'a> {
     Goal,
     /// To change its settings.
     Manage,
+    /// To have commands run in it as this user; none: as any.
+    Exec(Option<&'a str>),
 }
 
 /// What of a VM decides.
@@ -426,6 +428,7 @@ impl Verb<'_> {
             Self::Task => ("task", String::new()),
             Self::Goal => ("goal", String::new()),
             Self::Manage => ("manage", String::new()),
+            Self::Exec(user) => ("exec", user.unwrap_or("*").to_owned()),
         }
     }
 }
@@ -477,6 +480,8 @@ impl fmt::Display for Verb<'_> {
             Self::Task => f.pad("see tasks of"),
             Self::Goal => f.pad("apply goals to"),
             Self::Manage => f.pad("manage"),
+            Self::Exec(Some(user)) => write!(f, "run commands as `{user}` in"),
+            Self::Exec(None) => f.pad("run commands as any user in"),
         }
     }
 }

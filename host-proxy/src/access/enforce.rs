@@ -13,7 +13,6 @@ use adit_api::HostEventKind;
 use adit_names::VmId;
 use adit_port::control::{LIMITED_MAX, Limit, TUNNELS_MAX};
 
-use super::decide::Verb;
 use super::tag::Tag;
 use super::{Caller, Subject};
 use crate::link::Link;
@@ -172,7 +171,7 @@ async fn judged(state: &State, vm: &VmEntry, tag: &Tag) -> Judged {
         _ => true,
     });
     // The VM's own lists are about new streams.
-    let granted = |caller: &Caller| state.limits(caller, tag.target(), vm);
+    let granted = |caller: &Caller| state.limits(caller, tag.verb(), vm);
     let without_groups = granted(&caller);
     // A group may bring a grant by which more bytes go.
     if let Some(limits) = without_groups.as_ref().filter(|limits| limits.is_empty()) {
@@ -191,7 +190,7 @@ async fn judged(state: &State, vm: &VmEntry, tag: &Tag) -> Judged {
     if let Some(limits) = without_groups {
         return Judged::GoesOn(limits);
     }
-    let (word, target) = Verb::Reach(tag.target()).words();
+    let (word, target) = tag.verb().words();
     // By the name that it had then.
     let caller = tag.caller(|_| true);
     state.denied(&caller, word, vm.name.as_str(), &target, "grant-gone");

@@ -9,6 +9,8 @@
 //! | `task` | its tasks and what they wrote are shown |
 //! | `goal` | goals are applied to it |
 //! | `manage` | it is added, changed, removed |
+//! | `exec` | commands are run in it, as any user of it, and its sessions are shown and ended |
+//! | `exec:deploy,www-data` | the same, as these users |
 //!
 //! None of them implies another one.
 
@@ -25,11 +27,13 @@ use super::vms::Vms;
 
 /// Most grants of a host.
 pub const GRANTS_MAX: usize = 4096;
-/// Most entries of each list of a grant, and of ports in one entry.
+/// Most entries of each list of a grant, and of ports or users in one entry.
 pub const LIST_MAX: usize = 256;
+/// Most characters of a user's name.
+const USER_MAX: usize = 32;
 
 /// What to say of verbs that are thought of and not there.
-const LATER: [&str; 4] = ["exec", "files", "expose", "capture"];
+const LATER: [&str; 3] = ["files", "expose", "capture"];
 
 /// A grant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +82,13 @@ pub enum May {
     Goal,
     /// Its settings are changed.
     Manage,
+    /// Commands are run in it, as any user; with a list, as these.
+    Exec(Option<Users>),
 }
+
+/// Users of a guest, by the names that a client gives.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Users(Vec<String>);
 
 /// Ports and named services of a guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -92,8 +102,15 @@ pub struct Ports {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MayError {
     /// No such verb.
-    #[error("it takes `reach`, `reach:PORTS`, `forward`, `see`, `task`, `goal` and `manage`")]
+    #[error(
+        "it takes `reach`, `reach:PORTS`, `forward`, `see`, `task`, `goal`, `manage`, `exec` and `exec:USERS`"
+    )]
     Unknown,
+    /// No users.
+    #[error(
+        "`exec:` takes users of the guest such as deploy,www-data: at most {LIST_MAX}, of letters, digits and `._-`"
+    )]
+    Users,
     /// It would do nothing.
     #[error("nothing of this aditd asks for `{0}` yet")]
     Later(&'static str),
@@ -102,6 +119,31 @@ pub enum MayError {
         "`reach:` takes ports and services such as 80,8000-8100,vsock:5000,svc:docker: at most {LIST_MAX}, 1 to 65535 for TCP"
     )]
     Ports,
+}
+
+impl Users {
+    /// Whether a text could be a user of a guest.
+    pub fn could_be(user: &str) -> bool {
+        let is = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        (1..=USER_MAX).contains(&user.len()) && user.chars().all(is) && !user.starts_with('-')
+    }
+}
+
+impl FromStr for Users {
+    type Err = MayError;
+
+    fn from_str(text: &str) -> Result<Self, MayError> {
+        let users: Vec<_> = text.split(',').take(LIST_MAX + 1).collect();
+        let fits = users.len() <= LIST_MAX && users.iter().all(|user| Self::could_be(user));
+        let users = users.into_iter().map(str::to_owned);
+        fits.then(|| Self(users.collect())).ok_or(MayError::Users)
+    }
+}
+
+impl fmt::Display for Users {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(","))
+    }
 }
 
 impl Ports {
@@ -169,6 +211,10 @@ impl May {
             | (Self::Goal, Verb::Goal)
             | (Self::Manage, Verb::Manage) => true,
             (Self::Reach(Some(ports)), Verb::Reach(target)) => ports.has(target),
+            (Self::Exec(None), Verb::Exec(_)) => true,
+            (Self::Exec(Some(users)), Verb::Exec(Some(user))) => {
+                users.0.iter().any(|one| one == user)
+            }
             (Self::Forward, Verb::Reach(_)) => led,
             _ => false,
         }
@@ -194,6 +240,8 @@ impl FromStr for May {
             ("task", None) => Ok(Self::Task),
             ("goal", None) => Ok(Self::Goal),
             ("manage", None) => Ok(Self::Manage),
+            ("exec", None) => Ok(Self::Exec(None)),
+            ("exec", Some(users)) => Ok(Self::Exec(Some(users.parse()?))),
             _ => Err(MayError::Unknown),
         }
     }
@@ -209,6 +257,8 @@ impl fmt::Display for May {
             Self::Task => f.pad("task"),
             Self::Goal => f.pad("goal"),
             Self::Manage => f.pad("manage"),
+            Self::Exec(None) => f.pad("exec"),
+            Self::Exec(Some(users)) => write!(f, "exec:{users}"),
         }
     }
 }
@@ -270,6 +320,8 @@ mod tests {
             "task",
             "goal",
             "manage",
+            "exec",
+            "exec:deploy,www-data,1000",
         ] {
             assert_eq!(text.parse::<May>().unwrap().to_string(), text);
         }
@@ -297,6 +349,23 @@ mod tests {
         for text in ["", "Reach", "see:x", "all", "*"] {
             assert_eq!(text.parse::<May>(), Err(MayError::Unknown), "{text}");
         }
-        assert_eq!("exec:root".parse::<May>(), Err(MayError::Later("exec")));
+        assert_eq!("files:/srv".parse::<May>(), Err(MayError::Later("files")));
+        for users in ["", "root,", "a b", "-x", "*", &"u".repeat(USER_MAX + 1)] {
+            let may = format!("exec:{users}").parse::<May>();
+            assert_eq!(may, Err(MayError::Users), "{users}");
+        }
+    }
+
+    #[test]
+    fn commands_are_granted_as_the_users_that_are_named() {
+        let runs = |may: &str, user| may.parse::<May>().unwrap().covers(Verb::Exec(user), false);
+        assert!(runs("exec", None) && runs("exec", Some("root")));
+        assert!(runs("exec:deploy,ops", Some("ops")) && !runs("exec:deploy", Some("root")));
+        // Sessions of anybody are shown to whoever may be anybody.
+        assert!(!runs("exec:deploy", None));
+        for other in ["reach", "see", "task", "goal", "manage", "forward"] {
+            assert!(!runs(other, Some("deploy")), "{other}");
+        }
+        assert!(!"exec".parse::<May>().unwrap().covers(Verb::See, false));
     }
 }

@@ -37,5 +37,5 @@ pub mod vms;
 
 pub use caller::Caller;
 pub use decide::{Access, Denial, Grants, Reason, Verb, VmView};
-pub use grant::{Grant, May};
+pub use grant::{Grant, May, Users};
 pub use subject::Subject;

@@ -7,6 +7,7 @@ use adit_port::control::{TAG_MAX, Target};
 use serde::{Deserialize, Serialize};
 
 use super::caller::Caller;
+use super::decide::Verb;
 use super::subject::Subject;
 
 /// A tunnel's caller and target.
@@ -24,17 +25,29 @@ pub struct Tag {
     /// What it reached.
     #[serde(rename = "t")]
     target: Target,
+    /// It is a session of a command, as this user; empty: as any.
+    #[serde(rename = "e", default, skip_serializing_if = "Option::is_none")]
+    exec: Option<String>,
     /// It came by a listener that leads there.
     #[serde(rename = "l", default, skip_serializing_if = "std::ops::Not::not")]
     is_led: bool,
 }
 
 impl Tag {
-    /// Of a caller who may reach this. None: it is the owner's, which is nobody's to end.
-    pub fn of(caller: &Caller, target: &Target) -> Option<Vec<u8>> {
+    /// Of a caller who may do this, over a stream. None: it is the owner's, which is nobody's to end.
+    pub fn of(caller: &Caller, verb: Verb<'_>) -> Option<Vec<u8>> {
         if caller.is_owner() {
             return None;
         }
+        let (target, exec) = match verb {
+            Verb::Reach(target) => (target.clone(), None),
+            Verb::Exec(user) => {
+                // No name of a VM's own lists: an aditd of before, which knows nothing of `exec`, ends it.
+                let user = Some(user.unwrap_or_default().to_owned());
+                (Target::VsockPort(0), user)
+            }
+            Verb::See | Verb::Task | Verb::Goal | Verb::Manage => return None,
+        };
         let names = caller.subjects().iter();
         // The user database of another host is asked by nobody here.
         let is_kept = |name: &&Subject| match name {
@@ -47,7 +60,8 @@ impl Tag {
             caller: names.map(ToString::to_string).collect(),
             from: caller.from().into(),
             via: caller.via().cloned(),
-            target: target.clone(),
+            target,
+            exec,
             is_led: caller.is_led(),
         };
         loop {
@@ -70,9 +84,12 @@ impl Tag {
         self.via.as_ref()
     }
 
-    /// What was reached.
-    pub fn target(&self) -> &Target {
-        &self.target
+    /// What is done over it.
+    pub fn verb(&self) -> Verb<'_> {
+        match &self.exec {
+            None => Verb::Reach(&self.target),
+            Some(user) => Verb::Exec(Some(user.as_str()).filter(|user| !user.is_empty())),
+        }
     }
 
     /// Number of the user behind it, if that was known.
@@ -117,8 +134,12 @@ mod tests {
             .with_person(&person)
             .with_token("ci");
         let target = Target::Service(ServiceName::tcp(80));
-        let tag = Tag::read(&Tag::of(&caller, &target).unwrap()).unwrap();
-        assert_eq!((tag.target(), tag.uid()), (&target, Some(1000)));
+        let tag = Tag::read(&Tag::of(&caller, Verb::Reach(&target)).unwrap()).unwrap();
+        assert_eq!((tag.verb(), tag.uid()), (Verb::Reach(&target), Some(1000)));
+        for user in [None, Some("deploy")] {
+            let tag = Tag::of(&caller, Verb::Exec(user)).unwrap();
+            assert_eq!(Tag::read(&tag).unwrap().verb(), Verb::Exec(user));
+        }
         let names = |caller: &Caller| {
             caller
                 .subjects()
@@ -134,9 +155,9 @@ mod tests {
         assert_eq!(all.from(), "127.0.0.1:9");
         let less = tag.caller(|name| !matches!(name, Subject::Token(_)));
         assert_eq!(names(&less), ["user:deploy", "user:1000", "anyone"]);
-        let led = Tag::read(&Tag::of(&caller.led(), &target).unwrap()).unwrap();
+        let led = Tag::read(&Tag::of(&caller.led(), Verb::Reach(&target)).unwrap()).unwrap();
         assert!(led.caller(|_| true).is_led() && !all.is_led());
-        assert_eq!(Tag::of(&Caller::owner(), &target), None);
+        assert_eq!(Tag::of(&Caller::owner(), Verb::Reach(&target)), None);
     }
 
     #[test]
@@ -151,7 +172,7 @@ mod tests {
         let caller = Caller::anonymous("x")
             .with_person(&local)
             .by_way_of(&host, ops.to_vec());
-        let tag = Tag::of(&caller, &Target::VsockPort(1)).unwrap();
+        let tag = Tag::of(&caller, Verb::Reach(&Target::VsockPort(1))).unwrap();
         let tag = Tag::read(&tag).unwrap();
         assert_eq!((tag.via(), tag.uid()), (Some(&host), None));
         assert_eq!(tag.caller(|_| true), caller);
@@ -167,7 +188,7 @@ mod tests {
     fn a_tag_fits_whatever_its_caller_is_called() {
         let names = (0..100).map(|n| Subject::Token(format!("{n:064}")));
         let caller = Caller::anonymous("x").with(names);
-        let bytes = Tag::of(&caller, &Target::VsockPort(1)).unwrap();
+        let bytes = Tag::of(&caller, Verb::Reach(&Target::VsockPort(1))).unwrap();
         assert!(bytes.len() <= TAG_MAX);
         assert!(!Tag::read(&bytes).unwrap().caller.is_empty());
         assert_eq!(Tag::read(b"{}"), None);

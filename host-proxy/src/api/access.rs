@@ -21,11 +21,11 @@ use crate::access::{Access, Caller, Grant, Subject, Verb};
 pub(super) struct Check {
     /// Who asks: `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME`, `network:NAME`, `anyone` or `owner`.
     r#as: String,
-    /// `reach` with a target; `forward`, the same by a listener that leads there; `see`, `task`, `goal`, `manage` without one.
+    /// `reach` with a target; `forward`, the same by a listener that leads there; `exec` with a user of the guest for its target; `see`, `task`, `goal`, `manage` without one.
     verb: String,
     /// Name of the VM.
     vm: String,
-    /// `tcp:80`, `vsock:5000`, or the name of a service.
+    /// `tcp:80`, `vsock:5000`, or the name of a service; of `exec` a user, without one any of them.
     #[serde(default)]
     target: Option<String>,
 }
@@ -42,7 +42,10 @@ pub(super) async fn check(
     Query(ask): Query<Check>,
 ) -> Answer<AccessDecision> {
     let caller = caller(&state, &ask.r#as).await?;
-    let target = ask.target.as_deref().map(target).transpose()?;
+    let is_exec = ask.verb == "exec";
+    let user = ask.target.as_deref().filter(|_| is_exec);
+    let target = ask.target.as_deref().filter(|_| !is_exec);
+    let target = target.map(self::target).transpose()?;
     let caller = match &*ask.verb {
         "forward" => caller.led(),
         _ => caller,
@@ -53,9 +56,10 @@ pub(super) async fn check(
         ("task", None) => Verb::Task,
         ("goal", None) => Verb::Goal,
         ("manage", None) => Verb::Manage,
+        ("exec", None) => Verb::Exec(user),
         _ => {
             return Err(usage(
-                "a verb is `reach` or `forward` with a target, or `see`, `task`, `goal`, `manage` without one",
+                "a verb is `reach` or `forward` with a target, `exec` with or without a user, or `see`, `task`, `goal`, `manage` without one",
             ));
         }
     };

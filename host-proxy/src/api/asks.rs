@@ -161,6 +161,38 @@ impl Asks {
         })
     }
 
+    /// Whether they may have this run in the VM of that name: as [`may`](Self::may), with a line that says what.
+    ///
+    /// # Errors
+    /// They may not.
+    pub(super) fn may_exec(
+        &self,
+        state: &State,
+        user: Option<&str>,
+        (name, what): (&str, &str),
+    ) -> Result<(), ApiError> {
+        let verb = Verb::Exec(user);
+        let by = match self.is_owner() {
+            true => Some("owner".to_owned()),
+            false => match self.decided(state, verb, name) {
+                Decided::Allowed(by) => by,
+                // It says why, and writes it down.
+                Decided::Denied(_) => return self.may(state, verb, name),
+            },
+        };
+        if let Some(by) = by {
+            let (word, user) = verb.words();
+            let target = format!("{user}:{what}");
+            state.allowed_to(&self.caller, word, (name, &target), &by);
+        }
+        Ok(())
+    }
+
+    /// Who asks, for what is decided elsewhere.
+    pub(super) fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
     /// Whether they may do what concerns the whole host.
     ///
     /// # Errors

@@ -32,7 +32,7 @@ use Takes::{Handler, Host, Name, Nothing, Vm};
 use Verb::{Manage, See};
 
 /// The table.
-pub(super) const RULES: [(&str, &str, Takes); 36] = [
+pub(super) const RULES: [(&str, &str, Takes); 37] = [
     ("GET", "/healthz", Nothing),
     ("GET", "/v1/openapi.json", Name),
     // `see`
@@ -58,6 +58,8 @@ pub(super) const RULES: [(&str, &str, Takes); 36] = [
     ("GET", "/v1/events", Handler),
     // `goal`, for each VM of the audience
     ("POST", "/v1/goals", Handler),
+    // `exec`, as a user
+    ("POST", "/v1/vms/{name}/exec", Handler),
     // `manage`; of a VM that is not there yet by its name
     ("POST", "/v1/vms", Handler),
     ("PATCH", "/v1/vms/{name}", Vm(Manage)),

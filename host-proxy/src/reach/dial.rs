@@ -31,7 +31,7 @@ pub const STRANGE: &str =
     "what Proxy-Authorization shows is not one token of this host, or its time is over";
 
 /// How long the guest may take to accept a stream.
-const DIAL_LIMIT: Duration = Duration::from_secs(10);
+pub const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A request that may be carried.
 pub struct Admitted {
@@ -140,10 +140,12 @@ pub fn admit_here(
     match state.allow(caller, Verb::Reach(&to.target), &vm) {
         Ok(by) => {
             let by = match state.has_rate(&vm) {
-                true => state.rated(caller, &to.target, &vm)?.map(|(by, bytes)| {
-                    limits = bytes;
-                    by
-                }),
+                true => state
+                    .rated(caller, Verb::Reach(&to.target), &vm)?
+                    .map(|(by, bytes)| {
+                        limits = bytes;
+                        by
+                    }),
                 false => by,
             };
             visit.allowed(by.as_deref());
@@ -163,7 +165,7 @@ pub fn admit_here(
     };
     let share = share(state, &to.vm, vm.weight())?;
     let outlives = state.config.limits.tunnels_outlive_grants;
-    let tag = Tag::of(caller, &to.target).filter(|_| !outlives);
+    let tag = Tag::of(caller, Verb::Reach(&to.target)).filter(|_| !outlives);
     let way = Way::Here(Here {
         vm,
         link,
@@ -189,7 +191,7 @@ fn locked(state: &State, caller: &Caller, to: &Destination, vm: &VmEntry) -> Ref
 }
 
 /// `weight`: how many of the shares that each VM has.
-fn share(state: &State, vm: &VmId, weight: usize) -> Result<Share<VmId>, Refusal> {
+pub fn share(state: &State, vm: &VmId, weight: usize) -> Result<Share<VmId>, Refusal> {
     let max = state.vm_shares.max().saturating_mul(weight);
     state
         .vm_shares

@@ -17,4 +17,4 @@ pub use adit_reach::{destination, map, resolve, rows};
 
 pub use crate::link::ClientSocket;
 pub use destination::{Destination, DestinationError, Suffix};
-pub use dial::{Admitted, Lasts, NotOpened, Over, admit};
+pub use dial::{Admitted, DIAL_LIMIT, Lasts, NotOpened, Over, admit, refusal, share};

@@ -8,8 +8,8 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use adit_api::token;
-use adit_host_proxy::access::Caller;
 use adit_host_proxy::access::tag::Tag;
+use adit_host_proxy::access::{Caller, Verb};
 use adit_port::control::{Target, Tunnels};
 use adit_port::control_io::Message;
 use serde_json::Value;
@@ -629,7 +629,7 @@ fn r125_tunnels_are_judged_again_after_a_change_that_comes_while_they_are_judged
     assert_eq!(asked_for_tunnels(&control), 0);
     let caller = Caller::anonymous("x").with_token("gone");
     let target = Target::Service(adit_names::ServiceName::tcp(80));
-    let tag = Tag::of(&caller, &target).unwrap();
+    let tag = Tag::of(&caller, Verb::Reach(&target)).unwrap();
     tunnels(0, vec![(3, tag.clone()), (5, vec![0])], false);
     let ended = |numbers: &[u64]| match control.hear().unwrap().0 {
         Message::EndTunnels(end) => assert_eq!(end.numbers, numbers),

@@ -20,6 +20,7 @@ mod cards;
 mod clock;
 mod clones;
 mod cuts;
+mod exec;
 mod from_guest;
 mod hostile;
 mod hosts;

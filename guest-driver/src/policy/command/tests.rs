@@ -161,7 +161,7 @@ fn check_tells_mistakes_and_notes_and_what_cannot_be_read_is_no_answer() {
         ":3: note: this agent has no kind `reboot`",
         ":4: note: scripts may run as root",
         ":4: note: this system has no user `no-such-user`",
-        ":5: note: this agent has no exec",
+        ":6: note: the host may have commands run as root",
     ] {
         assert!(
             said.text.contains(&format!("{file}{note}")),

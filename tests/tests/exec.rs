@@ -1,0 +1,425 @@
+//! `adit exec` with a real aditd, a port process, and an agent on a ring: this program again, because an agent waits for every child of its
+//! process.
+//!
+//! These tests need the binaries that `cargo xtask test` builds. Without them they print that and pass.
+#![allow(missing_docs)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use adit_tests::agent;
+use adit_tests::host::Host;
+use adit_tests::process::{Reaped, bound, wait_for};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use sha2::{Digest, Sha256};
+
+const LIMIT: Duration = Duration::from_secs(30);
+const ANY: &str =
+    "default = \"deny\"\n[[exec]]\nallow = \"host\"\nusers = \"any\"\ncommands = \"any\"\n";
+
+/// Set where this program is the agent: the VM's directory.
+const AGENT: &str = "ADIT_TEST_AGENT_OF";
+
+/// The agent of another process of this program.
+#[test]
+fn an_agent() {
+    let Some(vm) = std::env::var_os(AGENT) else {
+        return;
+    };
+    let path = |name| PathBuf::from(std::env::var_os(name).unwrap());
+    let policy = std::env::var("POLICY").unwrap();
+    agent::start_running(vm.as_ref(), &path("PROGRAM"), &path("RUN_DIR"), &policy).unwrap();
+    loop {
+        std::thread::park();
+    }
+}
+
+struct Setup {
+    host: Host,
+    bins: PathBuf,
+    _agent: Reaped,
+    _run: tempfile::TempDir,
+}
+
+/// A host whose VM `a` has an agent with this policy; `more`: sections of aditd.toml.
+fn setup(policy: &str, more: &str) -> Option<Setup> {
+    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
+        println!(
+            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
+        );
+        return None;
+    };
+    let config = format!(
+        "[proxy]\nlisten = \"127.0.0.1:0\"\n[audit]\nallows = true\n{more}\n[[vm]]\nname = \"a\"\ncid = 3\n"
+    );
+    let host = Host::start_configured(&bins, &config).unwrap();
+    let run = tempfile::tempdir().unwrap();
+    let built = bins.join("adit-guest");
+    let program = match built.exists() {
+        true => built,
+        false => adit_tests::guest_bin("adit-guest"),
+    };
+    let agent = bound(std::env::current_exe().unwrap())
+        .args(["--exact", "an_agent", "--nocapture"])
+        .env(AGENT, host.vm_dir("a"))
+        .env("PROGRAM", program)
+        .env("RUN_DIR", run.path())
+        .env("POLICY", policy)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(run.path().join("log")).unwrap())
+        .spawn()
+        .unwrap();
+    let setup = Setup {
+        host,
+        bins,
+        _agent: Reaped(agent),
+        _run: run,
+    };
+    wait_for("the ring carries", LIMIT, || {
+        let out = setup.exec(&["a", "--", "true"]);
+        Ok((out.status.code() != Some(255)).then_some(()))
+    })
+    .unwrap();
+    Some(setup)
+}
+
+impl Setup {
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(self.bins.join("adit"));
+        command
+            .args(args)
+            .env("ADIT_SOCKET", self.socket())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.host.vm_dir("a").join("../../aditd.sock")
+    }
+
+    fn adit(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    fn exec(&self, args: &[&str]) -> Output {
+        self.adit(&[&["exec"], args].concat())
+    }
+
+    fn sh(&self, script: &str) -> Output {
+        self.exec(&["a", "--", "sh", "-c", script])
+    }
+
+    fn spawn(&self, args: &[&str]) -> Child {
+        let mut command = self.command(args);
+        command.stdin(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
+    fn port_pid(&self) -> i32 {
+        let out = self.adit(&["vm", "show", "a", "-o", "json"]);
+        let vm: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        vm["port_pid"].as_i64().unwrap() as i32
+    }
+
+    fn audit(&self) -> String {
+        std::fs::read_to_string(self.host.dir().join("state/aditd.audit")).unwrap_or_default()
+    }
+}
+
+fn status(out: &Output) -> i32 {
+    out.status.code().unwrap_or_else(|| panic!("{out:?}"))
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+}
+
+/// kubernetes/kubernetes#26424: the status is the command's own.
+#[test]
+fn kubectl_26424_status_output_and_input_are_those_of_the_command() {
+    let Some(setup) = setup(ANY, "") else { return };
+    let out = setup.sh("echo out; echo err >&2; exit 42");
+    assert_eq!(
+        (status(&out), &out.stdout[..], &out.stderr[..]),
+        (42, &b"out\n"[..], &b"err\n"[..])
+    );
+    assert_eq!(status(&setup.sh("kill -9 $$")), 128 + 9);
+    assert_eq!(
+        status(&setup.exec(&["a", "--timeout", "200ms", "--", "sleep", "1000"])),
+        124
+    );
+    assert_eq!(status(&setup.exec(&["a", "--", "no-such-program"])), 127);
+    assert_eq!(status(&setup.exec(&["a", "--", "/etc/passwd"])), 126);
+    assert_eq!(status(&setup.exec(&["nobody", "--", "true"])), 125);
+    assert_eq!(
+        status(&setup.exec(&["a", "--user", "no-such-user", "--", "true"])),
+        125
+    );
+    let out = setup.exec(&[
+        "a",
+        "--env",
+        "A=b c",
+        "--cwd",
+        "/",
+        "--",
+        "sh",
+        "-c",
+        "echo $A; pwd",
+    ]);
+    assert_eq!(out.stdout, b"b c\n/\n");
+    // 20 MB there and back, by checksum.
+    let mut child = setup.spawn(&["exec", "-i", "a", "--", "cat"]);
+    let sent: Vec<u8> = (0..20_000_000_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 11) as u8)
+        .collect();
+    let (mut stdin, all) = (child.stdin.take().unwrap(), sent.clone());
+    let writer = std::thread::spawn(move || stdin.write_all(&all));
+    let out = child.wait_with_output().unwrap();
+    writer.join().unwrap().unwrap();
+    assert_eq!(status(&out), 0, "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(Sha256::digest(&out.stdout), Sha256::digest(&sent));
+    // One who reads no more ends it.
+    let mut child = setup.spawn(&["exec", "a", "--", "yes"]);
+    let mut first = [0; 2];
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut first).unwrap();
+    drop(stdout);
+    assert_eq!(child.wait().unwrap().code(), Some(141));
+    let line = setup.audit();
+    assert!(
+        line.contains("\"verb\":\"exec\"") && line.contains("root:sh"),
+        "{line}"
+    );
+    wait_for("no session is left", LIMIT, || {
+        let out = setup.adit(&["ps", "a", "-o", "json"]);
+        Ok((out.stdout == b"[]\n").then_some(()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_command_outlives_a_killed_aditd_and_a_killed_port_process_is_no_success() {
+    let Some(mut setup) = setup(ANY, "") else {
+        return;
+    };
+    let script = "echo ready; read line; echo \"got $line\"; head -c 3000000 /dev/zero; exit 7";
+    let mut child = setup.spawn(&["exec", "-i", "a", "--", "sh", "-c", script]);
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    setup.host.kill();
+    stdin.write_all(b"it\n").unwrap();
+    let mut rest = Vec::new();
+    stdout.read_to_end(&mut rest).unwrap();
+    assert!(rest.starts_with(b"got it\n") && rest.len() == 3_000_007);
+    assert_eq!(child.wait().unwrap().code(), Some(7));
+    setup.host.launch().unwrap();
+    wait_for("the next aditd has the VM", LIMIT, || {
+        Ok(setup.sh("true").status.success().then_some(()))
+    })
+    .unwrap();
+    // kubernetes/kubectl#1726: a stream that breaks off is no status 0.
+    let mut child = setup.spawn(&["exec", "a", "--", "sh", "-c", "echo ready; sleep 1000"]);
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    stdout.read_line(&mut line).unwrap();
+    kill(Pid::from_raw(setup.port_pid()), Signal::SIGKILL).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(255));
+}
+
+#[test]
+fn signals_are_forwarded_and_a_client_that_is_killed_takes_the_command_along() {
+    let Some(setup) = setup(ANY, "") else { return };
+    for (number, name) in [
+        (Signal::SIGINT, "INT"),
+        (Signal::SIGTERM, "TERM"),
+        (Signal::SIGQUIT, "QUIT"),
+        (Signal::SIGHUP, "HUP"),
+    ] {
+        let script =
+            format!("trap 'echo {name}; exit 3' {name}; echo ready; while :; do sleep 0.02; done");
+        let mut child = setup.spawn(&["exec", "a", "--", "sh", "-c", &script]);
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        signal(&child, number);
+        let mut rest = String::new();
+        stdout.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, format!("{name}\n"));
+        assert_eq!(child.wait().unwrap().code(), Some(3));
+    }
+    let mut child = setup.spawn(&["exec", "a", "--", "sh", "-c", "echo $$; sleep 1000 & wait"]);
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let gone = Path::new("/proc").join(line.trim());
+    wait_for("the command has ended", LIMIT, || {
+        Ok((!gone.exists()).then_some(()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_detached_command_is_listed_attached_to_and_ended() {
+    let Some(setup) = setup(ANY, "") else { return };
+    let out = setup.exec(&[
+        "--detach",
+        "a",
+        "--",
+        "sh",
+        "-c",
+        "i=0; while [ $i -lt 50000 ]; do echo line $i; i=$((i+1)); done; exit 9",
+    ]);
+    assert_eq!(status(&out), 0, "{out:?}");
+    let id = String::from_utf8(out.stdout).unwrap().trim().to_owned();
+    let out = setup.adit(&["ps", "a"]);
+    let listed = String::from_utf8(out.stdout).unwrap();
+    assert!(listed.contains(&id) && listed.contains("runs"), "{listed}");
+    // Left in the middle, and taken up again where the message says.
+    let mut child = setup.spawn(&["attach", &id]);
+    let mut stdout = child.stdout.take().unwrap();
+    let mut all = vec![0; 10_000];
+    stdout.read_exact(&mut all).unwrap();
+    signal(&child, Signal::SIGINT);
+    stdout.read_to_end(&mut all).unwrap();
+    let mut said = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
+    let since = said
+        .split("--since ")
+        .nth(1)
+        .unwrap()
+        .split('`')
+        .next()
+        .unwrap();
+    assert_eq!(since, format!("{},0", all.len()));
+    let out = setup.adit(&["attach", &id, "--since", since]);
+    assert_eq!(status(&out), 9);
+    all.extend(&out.stdout);
+    let want: String = (0..50_000).map(|i| format!("line {i}\n")).collect();
+    assert!(all == want.as_bytes(), "{} of {}", all.len(), want.len());
+    assert_eq!(status(&setup.adit(&["attach", &id])), 125);
+    let out = setup.exec(&["--detach", "a", "--", "sleep", "1000"]);
+    let id = String::from_utf8(out.stdout).unwrap().trim().to_owned();
+    assert_eq!(status(&setup.adit(&["kill", &id])), 0);
+    assert_eq!(status(&setup.adit(&["attach", &id])), 128 + 9);
+}
+
+/// openssh's `-t`: keys are the command's signals, the size is ours, and the terminal is as before (R123).
+#[test]
+fn a_terminal_is_the_commands_and_is_as_before_afterwards() {
+    let Some(setup) = setup(ANY, "") else { return };
+    let inner = "stty size; trap 'echo got; exit 6' INT; echo ready; while :; do sleep 0.02; done";
+    let line = format!(
+        "stty rows 31 cols 77; {} exec -t a -- sh -c \"{inner}\"; echo \"status $?\"; stty -a | tr ';' '\\n' | grep -c -w -e icanon -e echo",
+        setup.bins.join("adit").display()
+    );
+    let mut command = Command::new("script");
+    command
+        .args(["-q", "-c", &line, "/dev/null"])
+        .env("ADIT_SOCKET", setup.socket())
+        .env("SHELL", "/bin/sh")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut all = String::new();
+    while !all.ends_with("ready\r\n") {
+        let n = stdout.read_line(&mut all).unwrap();
+        assert!(n > 0, "{all}");
+    }
+    assert!(all.contains("31 77\r\n"), "{all}");
+    stdin.write_all(b"\x03").unwrap();
+    stdout.read_to_string(&mut all).unwrap();
+    assert!(all.contains("got\r\nstatus 6\r\n"), "{all}");
+    // Both words are there without a minus before them, in the line of flags.
+    assert!(!all.trim_end().ends_with("\n0"), "{all}");
+    child.wait().unwrap();
+    // Without a terminal of ours there is none to give.
+    assert_eq!(status(&setup.exec(&["-t", "a", "--", "true"])), 125);
+}
+
+#[test]
+fn r120_neither_without_a_grant_nor_without_a_rule_of_the_guest() {
+    let Some(off) = setup("default = \"deny\"\n", "") else {
+        return;
+    };
+    let out = off.sh("true");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(status(&out), 125, "{said}");
+    assert!(
+        said.contains("error[denied]") && said.contains("[[exec]]"),
+        "{said}"
+    );
+    drop(off);
+    if !nix::unistd::geteuid().is_root() {
+        return println!("skipped: only root can be somebody else");
+    }
+    let place = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(
+        place.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
+    let socket = place.path().join("m.sock");
+    let more = format!(
+        "[[listen]]\naddress = \"unix:{}\"\nrole = \"management\"\n[[grant]]\nto = [\"user:daemon\"]\nvms = [\"a\"]\nmay = [\"see\", \"exec:daemon\"]\n",
+        socket.display()
+    );
+    let setup = setup(ANY, &more).unwrap();
+    // Everybody can read the program of the test.
+    let adit = place.path().join("adit");
+    std::fs::copy(setup.bins.join("adit"), &adit).unwrap();
+    let by = |user: &str, args: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--reuid", user, "--clear-groups", "--"])
+            .arg(&adit)
+            .args(args);
+        command
+            .env("ADIT_SOCKET", &socket)
+            .current_dir("/")
+            .output()
+            .unwrap()
+    };
+    let out = by(
+        "daemon",
+        &["exec", "--user", "daemon", "a", "--", "id", "-un"],
+    );
+    assert_eq!(
+        (status(&out), &out.stdout[..]),
+        (0, &b"daemon\n"[..]),
+        "{out:?}"
+    );
+    assert_eq!(status(&by("daemon", &["exec", "a", "--", "true"])), 125);
+    assert_eq!(status(&by("daemon", &["ps", "a"])), 125);
+    assert_eq!(status(&by("daemon", &["ps", "a", "--user", "daemon"])), 0);
+    // One without a grant does not even learn that there is such a VM.
+    let out = by("nobody", &["exec", "--user", "daemon", "a", "--", "true"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(status(&out) == 125 && said.contains("unknown-vm"), "{said}");
+    let audit = setup.audit();
+    let denied = |line: &&str| line.contains("\"deny\"") && line.contains("\"exec\"");
+    assert!(audit.lines().filter(denied).count() >= 3, "{audit}");
+    // A session of another user is none of theirs.
+    let out = setup.exec(&["--detach", "a", "--", "sleep", "30"]);
+    let id = String::from_utf8(out.stdout).unwrap().trim().to_owned();
+    let out = by("daemon", &["kill", &id, "--user", "daemon"]);
+    assert_eq!(status(&out), 125, "{out:?}");
+    assert_eq!(status(&setup.adit(&["kill", &id])), 0);
+}
