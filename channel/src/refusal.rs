@@ -2,7 +2,7 @@
 //!
 //! | code | who says it | in a hello |
 //! |---|---|---|
-//! | `unknown-vm`, `ambiguous`, `not-allowed`, `too-often`, `locked`, `no-port-process`, `internal` | the host, before it dials | |
+//! | `unknown-vm`, `ambiguous`, `silent-host`, `not-allowed`, `too-often`, `locked`, `no-port-process`, `internal` | the host, before it dials | |
 //! | `no-session`, `no-agent`, `no-listener`, `no-answer`, `reset`, `foreign` | the channel | |
 //! | `version`, `unknown-service`, `denied`, `wrong-vm` | the listener of a hello | 1, 2, 3, 6 |
 //! | `dial-failed`, `dial-timed-out` | the guest, of its own dial | 4, with its errno |
@@ -28,6 +28,8 @@ pub enum Code {
     UnknownVm,
     /// Several hosts have a VM of that name.
     Ambiguous,
+    /// The host that has the VM, or one that may have it, does not answer.
+    SilentHost,
     /// The host's rules do not allow it.
     NotAllowed,
     /// The host's rules allow so many a second, and there were as many.
@@ -76,9 +78,10 @@ pub enum Code {
 
 impl Code {
     /// One of each.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::UnknownVm,
         Self::Ambiguous,
+        Self::SilentHost,
         Self::NotAllowed,
         Self::TooOften,
         Self::Locked,
@@ -135,6 +138,7 @@ impl Code {
             Self::Other(number) => number,
             Self::UnknownVm
             | Self::Ambiguous
+            | Self::SilentHost
             | Self::NotAllowed
             | Self::TooOften
             | Self::Locked
@@ -162,7 +166,12 @@ impl Code {
     pub fn retry_after(self) -> Option<u32> {
         let passes = matches!(
             self,
-            Self::NoPortProcess | Self::NoSession | Self::NoAgent | Self::Busy | Self::TooOften
+            Self::NoPortProcess
+                | Self::NoSession
+                | Self::NoAgent
+                | Self::SilentHost
+                | Self::Busy
+                | Self::TooOften
         );
         passes.then_some(RETRY_S)
     }
@@ -174,6 +183,7 @@ impl fmt::Display for Code {
         let word = match self {
             Self::UnknownVm => "unknown-vm",
             Self::Ambiguous => "ambiguous",
+            Self::SilentHost => "silent-host",
             Self::NotAllowed => "not-allowed",
             Self::TooOften => "too-often",
             Self::Locked => "locked",

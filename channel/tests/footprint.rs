@@ -270,6 +270,8 @@ fn a_running_tunnel_only_waits_reads_and_writes() {
         libc::SYS_write,
         libc::SYS_recvmsg,
         libc::SYS_sendmsg,
+        // Between two looks for work.
+        libc::SYS_sched_yield,
     ]);
     for len in (1..2000).map(|n| 1 + n * 97 % 8000) {
         world.echo(&mut guest, &mut near, &mut bytes[..len]);

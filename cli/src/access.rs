@@ -15,7 +15,9 @@ Examples:
   adit access check --as user:deploy reach web-1:22
   adit access check --as token:prometheus reach vsock-5000.web-1
   adit access check --as anyone forward web-1:22     # by a listener that leads there
+  adit access check --as user:deploy reach docker.web-1.svc
   adit access check --as group:ops goal web-1
+  adit access check --as group:ops exec root@web-1
 
 Exit status: 0 it is allowed; 1 it is denied.";
 
@@ -50,9 +52,10 @@ pub struct Check {
     #[arg(long, value_name = "CALLER")]
     r#as: String,
     /// For what
-    #[arg(value_name = "VERB", value_parser = ["reach", "forward", "see", "task", "goal", "manage"])]
+    #[arg(value_name = "VERB", value_parser = ["reach", "forward", "see", "task", "goal", "manage", "exec"])]
     verb: String,
-    /// With which VM; of `reach` and `forward`, also where in it: VM:PORT, or vsock-PORT.VM
+    /// With which VM; of `reach` and `forward`, also where in it, as clients write it: VM:PORT, vsock-PORT.VM or SERVICE.VM.svc; of `exec`,
+    /// also as whom: USER@VM
     #[arg(value_name = "VM[:PORT]", add = completion::vms())]
     vm: String,
 }
@@ -66,14 +69,18 @@ pub async fn run(command: &AccessCommand, client: &Client, format: Format) -> Re
 }
 
 async fn check(check: &Check, client: &Client, format: Format) -> Result<(), Failure> {
-    let (vm, target) = destination(&check.verb, &check.vm)?;
+    // Where in a VM is read by the host, as it reads what clients of the proxy write.
+    let (vm, target) = match check.vm.rsplit_once('@') {
+        Some((user, vm)) if check.verb == "exec" => (vm, Some(user)),
+        _ => (&*check.vm, None),
+    };
     let mut query = Query::new(String::new());
     query
         .append_pair("as", &check.r#as)
         .append_pair("verb", &check.verb)
         .append_pair("vm", vm);
     if let Some(target) = target {
-        query.append_pair("target", &target);
+        query.append_pair("target", target);
     }
     let decision: AccessDecision = client
         .get(&format!("/v1/access?{}", query.finish()))
@@ -89,26 +96,6 @@ async fn check(check: &Check, client: &Client, format: Format) -> Result<(), Fai
         (Format::Json, None) => output::json(&decision),
         (Format::Table, None) => output::line(&decision.text),
         (_, Some(denied)) => Err(denied),
-    }
-}
-
-/// The VM, and where in it.
-fn destination<'a>(verb: &str, text: &'a str) -> Result<(&'a str, Option<String>), Failure> {
-    if !["reach", "forward"].contains(&verb) {
-        return Ok((text, None));
-    }
-    if let Some((port, vm)) = text
-        .strip_prefix("vsock-")
-        .and_then(|rest| rest.split_once('.'))
-    {
-        return Ok((vm, Some(format!("vsock:{port}"))));
-    }
-    match text.rsplit_once(':') {
-        Some((vm, port)) => Ok((vm, Some(format!("tcp:{port}")))),
-        None => Err(Failure::new(
-            "usage",
-            format!("`{text}` has no port: write VM:PORT"),
-        )),
     }
 }
 

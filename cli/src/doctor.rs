@@ -18,7 +18,7 @@ use crate::vm;
 const EXAMPLE: &str = "\
 Examples:
   adit doctor web-1
-  adit doctor -o json | jq '.vms[].findings[] | select(.health == \"failed\")'
+  adit doctor --json | jq '.vms[].findings[] | select(.health == \"failed\")'
 
 Checks, in the order in which a stream comes into a guest: host, configuration, users (where the kernel does not say who
 local clients are), port process, VMM, device, session, agent,
@@ -33,6 +33,9 @@ pub struct Doctor {
     /// Name of the VM; without it, the host and all its VMs
     #[arg(add = completion::vms())]
     vm: Option<String>,
+    /// The same as -o json
+    #[arg(long, conflicts_with = "output")]
+    pub json: bool,
 }
 
 /// What was found.

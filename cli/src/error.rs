@@ -12,7 +12,7 @@ use crate::text::{Format, escape, json_text};
 
 /// Exit status 2: the command line asks for something that makes no sense, as clap has it.
 const USAGE: u8 = 2;
-/// Exit status 3: aditd cannot be reached.
+/// Exit status 3: aditd cannot be reached, or another host's.
 const UNREACHABLE: u8 = 3;
 /// Exit status 4: what was named does not exist.
 const NOT_FOUND: u8 = 4;
@@ -59,7 +59,7 @@ impl Failure {
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         let exit = match code {
             "usage" => USAGE,
-            "unreachable" | "cut-off" | "untrusted-server" => UNREACHABLE,
+            "unreachable" | "cut-off" | "untrusted-server" | "silent-host" => UNREACHABLE,
             "timeout" => TIMEOUT,
             "nothing-open" => NOT_FOUND,
             "unknown-path" => 1,

@@ -176,7 +176,10 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(done) => return done,
     };
-    let format = cli.output.unwrap_or(Format::Table);
+    let format = match &cli.command {
+        Command::Doctor(doctor) if doctor.json => Format::Json,
+        _ => cli.output.unwrap_or(Format::Table),
+    };
     let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

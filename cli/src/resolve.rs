@@ -13,7 +13,8 @@ Examples:
   adit resolve web-9
   adit resolve web-9.beta
 
-Exit status: 0 one host has it; 1 several have it, and nothing says which is meant: name the host, as VM.HOST; 4 none has it.";
+Exit status: 0 one host has it; 1 several have it, and nothing says which is meant: name the host, as VM.HOST; 3 none
+that answers has it, and one that may have it does not answer; 4 none has it.";
 
 #[derive(Args)]
 #[command(after_help = EXAMPLE)]

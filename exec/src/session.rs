@@ -273,10 +273,10 @@ impl Session {
             };
             return Some(ToClient::Started(started).encode());
         }
-        if let Some(stdin) = self.stdin.to_tell() {
+        if let Some(stdin) = self.stdin.poll_taken() {
             return Some(ToClient::Taken { stdin }.encode());
         }
-        if self.stdin.to_tell_closed() {
+        if self.stdin.poll_closed() {
             return Some(ToClient::StdinClosed.encode());
         }
         for _ in 0..2 {

@@ -74,7 +74,7 @@ impl Stdin {
     }
 
     /// How far the client may count on, if that is worth a word.
-    pub(crate) fn to_tell(&mut self) -> Option<u64> {
+    pub(crate) fn poll_taken(&mut self) -> Option<u64> {
         let taken = self.taken();
         let is_worth = taken >= self.told + STEP && !self.ended && !self.closed;
         is_worth.then(|| {
@@ -83,7 +83,7 @@ impl Stdin {
         })
     }
 
-    pub(crate) fn to_tell_closed(&mut self) -> bool {
+    pub(crate) fn poll_closed(&mut self) -> bool {
         self.closed && !self.ended && !std::mem::replace(&mut self.told_closed, true)
     }
 

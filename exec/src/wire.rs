@@ -513,7 +513,7 @@ impl Decoder {
     ///
     /// # Errors
     /// The bytes are none of the protocol. Nothing may be taken afterwards.
-    pub fn next<M: Message>(&mut self) -> Result<Option<M>, WireError> {
+    pub fn poll_frame<M: Message>(&mut self) -> Result<Option<M>, WireError> {
         loop {
             let Some((head, rest)) = self.bytes[self.at..].split_first_chunk::<HEADER_LEN>() else {
                 return Ok(None);
@@ -548,7 +548,7 @@ impl Decoder {
 mod tests {
     use super::*;
 
-    const OPEN: &[u8] = b"\x17\0\0\0\x01\0\x01\0\0\0\0\0\0\0\0\0\x02\x02ls\x02-l\x01\x01A\x01b\x04/tmp\x01\x18\x50\x01\xf4\x03\0";
+    const OPEN: &[u8] = b"\x18\0\0\0\x01\0\x01\0\0\0\0\0\0\0\0\0\x02\x02ls\x02-l\x01\x01A\x01b\x04/tmp\x01\x18\x50\x01\xf4\x03\0";
 
     fn open() -> Open {
         Open {
@@ -566,12 +566,12 @@ mod tests {
         // In one piece, and byte by byte.
         let mut decoder = Decoder::default();
         decoder.push(bytes);
-        assert_eq!(decoder.next::<M>().unwrap().as_ref(), Some(message));
+        assert_eq!(decoder.poll_frame::<M>().unwrap().as_ref(), Some(message));
         assert!(!decoder.is_in_frame());
         for (nth, byte) in bytes.iter().enumerate() {
             decoder.push(std::slice::from_ref(byte));
             let is_whole = nth + 1 == bytes.len();
-            let next = decoder.next::<M>().unwrap();
+            let next = decoder.poll_frame::<M>().unwrap();
             assert_eq!(next.as_ref(), is_whole.then_some(message));
         }
     }
@@ -685,7 +685,7 @@ mod tests {
             ),
             (
                 ToClient::Rows(vec![row]),
-                b"\x1b\0\0\0\x27\0\x01\0\0\0\0\0\0\0\0\0\x01\x023f\x03ops\x07/bin/sh\x02\xac\x02\0\x01\0\x01\x01\x01",
+                b"\x19\0\0\0\x27\0\x01\0\0\0\0\0\0\0\0\0\x01\x023f\x03ops\x07/bin/sh\x02\xac\x02\0\x01\0\x01\x01\x01",
             ),
             (ToClient::Done, b"\0\0\0\0\x28\0\x01\0\0\0\0\0\0\0\0\0"),
         ] {
@@ -701,16 +701,16 @@ mod tests {
     fn each_side_says_only_what_is_its_own() {
         let mut decoder = Decoder::default();
         decoder.push(&ToClient::Done.encode());
-        assert!(decoder.next::<ToGuest>().is_err());
+        assert!(decoder.poll_frame::<ToGuest>().is_err());
         let mut decoder = Decoder::default();
         decoder.push(&ToGuest::Signal(1).encode());
-        assert!(decoder.next::<ToClient>().is_err());
+        assert!(decoder.poll_frame::<ToClient>().is_err());
         // A later version's, which may be skipped.
         let mut bytes = frame::encode(9, 1, 0, frame::IGNORABLE, &7_u8).unwrap();
         bytes.extend(ToGuest::Signal(1).encode());
         let mut decoder = Decoder::default();
         decoder.push(&bytes);
-        assert_eq!(decoder.next().unwrap(), Some(ToGuest::Signal(1)));
+        assert_eq!(decoder.poll_frame().unwrap(), Some(ToGuest::Signal(1)));
     }
 
     #[test]
@@ -720,14 +720,14 @@ mod tests {
         let mut decoder = Decoder::default();
         decoder.push(&head);
         assert!(matches!(
-            decoder.next::<ToGuest>(),
+            decoder.poll_frame::<ToGuest>(),
             Err(WireError::Frame(FrameError::TooLong { .. }))
         ));
         for len in [0, DATA_MAX + 1] {
             let mut decoder = Decoder::default();
             decoder.push(&data(3, 0, &vec![0; len]));
             assert!(matches!(
-                decoder.next::<ToGuest>(),
+                decoder.poll_frame::<ToGuest>(),
                 Err(WireError::Data { .. })
             ));
         }
@@ -735,7 +735,7 @@ mod tests {
         let mut decoder = Decoder::default();
         decoder.push(&ToClient::Refused(Refused { reason: 1, text }).encode());
         assert!(matches!(
-            decoder.next::<ToClient>(),
+            decoder.poll_frame::<ToClient>(),
             Err(WireError::TooMuch { kind: 38 })
         ));
     }

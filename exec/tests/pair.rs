@@ -84,7 +84,7 @@ impl World {
         let n = n.min(self.to_client.len());
         let bytes: Vec<u8> = self.to_client.drain(..n).collect();
         self.at_client.push(&bytes);
-        while let Some(message) = self.at_client.next::<ToClient>().unwrap() {
+        while let Some(message) = self.at_client.poll_frame::<ToClient>().unwrap() {
             match self.client.handle(message).unwrap() {
                 Heard::Output(out, bytes) => {
                     let at = &mut self.passed_on[usize::from(out == Out::Stderr)];
@@ -109,7 +109,7 @@ impl World {
         let n = n.min(self.to_guest.len());
         let bytes: Vec<u8> = self.to_guest.drain(..n).collect();
         self.at_guest.push(&bytes);
-        while let Some(message) = self.at_guest.next::<ToGuest>().unwrap() {
+        while let Some(message) = self.at_guest.poll_frame::<ToGuest>().unwrap() {
             self.session.handle(&message).unwrap();
         }
         self.send();
@@ -272,13 +272,17 @@ fn a_signal_never_waits_behind_input_that_nobody_reads() {
     let mut client = Client::new();
     let mut decoder = Decoder::default();
     decoder.push(&session.poll_send().unwrap());
-    client.handle(decoder.next().unwrap().unwrap()).unwrap();
+    client
+        .handle(decoder.poll_frame().unwrap().unwrap())
+        .unwrap();
     let mut ahead = 0;
     while client.stdin_room() > 0 {
         let frame = client.stdin(&vec![0; client.stdin_room()]);
         let mut decoder = Decoder::default();
         decoder.push(&frame);
-        session.handle(&decoder.next().unwrap().unwrap()).unwrap();
+        session
+            .handle(&decoder.poll_frame().unwrap().unwrap())
+            .unwrap();
         ahead += 1;
     }
     assert!(ahead > 1);

@@ -15,7 +15,7 @@ fn frames<M: Message>(bytes: &[u8], piece: usize) -> (Vec<M>, bool) {
     for piece in bytes.chunks(piece) {
         decoder.push(piece);
         loop {
-            match decoder.next() {
+            match decoder.poll_frame() {
                 Ok(Some(message)) => all.push(message),
                 Ok(None) => break,
                 Err(e) => {

@@ -181,6 +181,24 @@ fn is_for_this_host(listen: SocketAddr) -> bool {
 pub struct Listen {
     /// IP address and port.
     pub listen: SocketAddr,
+    /// The address may be one that other machines reach.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub open: bool,
+}
+
+impl Listen {
+    /// Checks that the operator has agreed to show the names of all VMs to other machines.
+    fn check(&self) -> Result<(), String> {
+        if self.open || is_for_this_host(self.listen) {
+            return Ok(());
+        }
+        Err(format!(
+            "{} is no loopback address, and whoever reaches it sees the names of all VMs, without a grant: \
+             use 127.0.0.1, or set `open = true` in [metrics]; a [[listen]] of role \"management\" has the metrics for those \
+             whom a grant lets `see` all VMs",
+            self.listen
+        ))
+    }
 }
 
 /// `[limits]`.

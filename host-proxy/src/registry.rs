@@ -72,13 +72,26 @@ impl Registry {
     /// # Errors
     /// Its name or CID is taken, or a host has the name, or there are too many.
     pub fn add(&self, config: VmConfig, origin: Origin) -> Result<Arc<VmEntry>, AddError> {
+        if self.is_host(&config.name) {
+            return Err(AddError::HostHasIt(config.name));
+        }
+        self.put_back(config, origin)
+    }
+
+    /// Whether a host has the name.
+    pub fn is_host(&self, name: &VmId) -> bool {
+        let hosts = self.hosts.read().unwrap_or_else(PoisonError::into_inner);
+        hosts.contains(name)
+    }
+
+    /// Adds a VM that was there before, also if a host has got its name meanwhile: nobody may lose a VM by that.
+    ///
+    /// # Errors
+    /// Its name or CID is taken, or there are too many.
+    pub fn put_back(&self, config: VmConfig, origin: Origin) -> Result<Arc<VmEntry>, AddError> {
         let mut vms = self.vms.write().unwrap_or_else(PoisonError::into_inner);
         if vms.contains_key(&config.name) {
             return Err(AddError::NameTaken(config.name));
-        }
-        let hosts = self.hosts.read().unwrap_or_else(PoisonError::into_inner);
-        if hosts.contains(&config.name) {
-            return Err(AddError::HostHasIt(config.name));
         }
         if let Some(other) = vms.values().find(|v| v.cid == config.cid) {
             return Err(AddError::CidTaken {

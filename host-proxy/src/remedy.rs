@@ -5,12 +5,18 @@ use adit_channel::refusal::Code;
 /// One line.
 pub fn of(code: Code) -> &'static str {
     match code {
-        Code::UnknownVm => "`adit vm ls` lists the names",
+        // The same for a VM that is not there and for one that the caller may not see.
+        Code::UnknownVm => {
+            "`adit vm ls` on its host lists the names, and `adit access check` says what a caller may reach"
+        }
         Code::Ambiguous => {
             "name the host too: VM.HOST; `adit resolve` says what each of them claims"
         }
+        Code::SilentHost => {
+            "try again; if it stays so, see that aditd runs on that host: `adit vm ls --all-hosts` says which do not answer"
+        }
         Code::NotAllowed => {
-            "allow it: `adit vm set`, or `allow`, `allow_vsock` and `allow_services` in aditd.toml and `systemctl reload aditd`"
+            "on the VM's host: `adit access check` says what is missing; `adit vm set` allows a port, a [[grant]] in aditd.toml a caller"
         }
         Code::TooOften => {
             "ask less often, or raise `connections_per_s` of the grant or of the VM in aditd.toml"
@@ -22,7 +28,7 @@ pub fn of(code: Code) -> &'static str {
             "the guest's own list or policy forbids it: `allow_ports` and `[[service]]` in adit-guest.toml, policy.toml"
         }
         Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
-            "`adit doctor` with the VM's name says what is missing; then try again"
+            "try again in a moment; on the VM's host, `adit doctor` with its name says what is missing"
         }
         Code::Internal => "the log of aditd has more: `journalctl -u aditd`",
         Code::NoListener => "start the program that listens on that vsock port of the guest",

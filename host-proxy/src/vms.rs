@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_channel::hello;
+use adit_names::VmId;
 use adit_port::control::Ends;
 use anyhow::bail;
 
@@ -134,6 +135,14 @@ pub async fn port_gone(vm: &VmEntry) {
     }
 }
 
+/// What is wrong with a VM whose name a host has got while aditd was stopped, and what to do.
+pub fn host_has_the_name(vm: &VmId) -> String {
+    format!(
+        "`{vm}` is the name of a host too, and hosts and VMs share their names: `adit vm rm {vm}` and add it under another one, or \
+         give the host another name (`[names] host` and `[[host]] name` in aditd.toml); until then no change of aditd.toml is taken"
+    )
+}
+
 /// Adds the VMs of the configuration, then those of the database that do not clash with them.
 ///
 /// # Errors
@@ -150,12 +159,17 @@ pub async fn load(state: &Arc<State>) -> anyhow::Result<()> {
         let added = match serde_json::from_str::<VmConfig>(&spec) {
             Ok(config) => state
                 .registry
-                .add(config, Origin::Api)
+                .put_back(config, Origin::Api)
                 .map_err(|e| e.to_string()),
             Err(e) => Err(e.to_string()),
         };
         match added {
             Ok(vm) => {
+                if state.registry.is_host(&vm.name) {
+                    let name = &vm.name;
+                    let fault = host_has_the_name(name);
+                    tracing::error!(vm = %name, fault, "the VM has a fault");
+                }
                 place(state, &vm).await;
                 start(state, &vm).await;
             }

@@ -24,6 +24,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("cloud-localds", "cloud-image-utils"),
     ("curl", "curl"),
     ("setpriv", "util-linux"),
+    ("script", "bsdutils"),
     ("cc", "gcc"),
     ("c++", "g++"),
     ("apt-cache", "apt"),

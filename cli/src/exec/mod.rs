@@ -103,7 +103,10 @@ fn ours(failure: Failure) -> Failure {
     }
 }
 
-fn env(pairs: &[String]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Failure> {
+/// Names and values.
+type Variables = Vec<(Vec<u8>, Vec<u8>)>;
+
+fn env(pairs: &[String]) -> Result<Variables, Failure> {
     use std::os::unix::ffi::OsStringExt;
     let one = |pair: &String| match pair.split_once('=') {
         Some((name, value)) => Ok((name.into(), value.into())),

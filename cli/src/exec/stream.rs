@@ -179,7 +179,7 @@ impl Stream {
     async fn hear(&mut self) -> Result<Heard, Failure> {
         let mut piece = vec![0; 4096];
         loop {
-            let next = self.decoder.next().map_err(broken)?;
+            let next = self.decoder.poll_frame().map_err(broken)?;
             if let Some(message) = next {
                 return self.half.handle(message).map_err(lies);
             }
@@ -352,7 +352,7 @@ impl Carrying {
         mut exit: Option<Exit>,
     ) -> Result<Option<Exit>, Failure> {
         let mut pieces: Vec<(Out, Vec<u8>)> = Vec::new();
-        while let Some(message) = stream.decoder.next().map_err(broken)? {
+        while let Some(message) = stream.decoder.poll_frame().map_err(broken)? {
             match stream.half.handle(message).map_err(lies)? {
                 Heard::Output(out, bytes) => match pieces.last_mut() {
                     Some((last, all)) if *last == out => all.extend(bytes),

@@ -17,13 +17,17 @@ fn a_check_asks_for_caller_verb_vm_and_target_and_a_denial_fails() {
     for (args, query) in [
         (
             &["reach", "web-1:22"][..],
-            "as=user%3Ade%26ploy&verb=reach&vm=web-1&target=tcp%3A22",
+            "as=user%3Ade%26ploy&verb=reach&vm=web-1%3A22",
         ),
         (
             &["reach", "vsock-5000.web-1"],
-            "as=user%3Ade%26ploy&verb=reach&vm=web-1&target=vsock%3A5000",
+            "as=user%3Ade%26ploy&verb=reach&vm=vsock-5000.web-1",
         ),
         (&["goal", "web-1"], "as=user%3Ade%26ploy&verb=goal&vm=web-1"),
+        (
+            &["exec", "root@web-1"],
+            "as=user%3Ade%26ploy&verb=exec&vm=web-1&target=root",
+        ),
     ] {
         for (allowed, code) in [(true, 0), (false, 1)] {
             let path = format!("/v1/access?{query}");
@@ -38,14 +42,6 @@ fn a_check_asks_for_caller_verb_vm_and_target_and_a_denial_fails() {
             assert_eq!(text(&out.stderr).contains("no such VM"), !allowed);
         }
     }
-}
-
-#[test]
-fn a_reach_without_a_port_is_a_wrong_command() {
-    let fake = Fake::start(|asked| panic!("{}", asked.path));
-    let out = fake.adit(&["access", "check", "--as", "anyone", "reach", "web-1"]);
-    assert_eq!(out.status.code(), Some(2));
-    assert!(text(&out.stderr).contains("VM:PORT"));
 }
 
 #[test]

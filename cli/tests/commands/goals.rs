@@ -70,7 +70,7 @@ fn a_goal_of_several_hosts_shows_each_vm_with_its_host_and_a_host_that_is_silent
         shown.contains("web-1.alpha") && shown.contains("web-1.beta"),
         "{shown}"
     );
-    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert_eq!(out.status.code(), Some(3), "{said}");
     assert!(
         said.contains("silent-host") && said.contains("`gamma`"),
         "{said}"

@@ -54,7 +54,7 @@ impl Link {
             Err(e) => return Err(e),
         }
         let invalid = |e| io::Error::new(ErrorKind::InvalidData, e);
-        while let Some(message) = self.decoder.next().map_err(invalid)? {
+        while let Some(message) = self.decoder.poll_frame().map_err(invalid)? {
             messages.push(message);
         }
         Ok(Some(()))

@@ -158,7 +158,7 @@ impl Running {
     fn hear(&mut self) -> io::Result<Heard> {
         let mut piece = vec![0; 64 << 10];
         loop {
-            if let Some(message) = self.decoder.next::<ToClient>().unwrap() {
+            if let Some(message) = self.decoder.poll_frame::<ToClient>().unwrap() {
                 let heard = self.half.handle(message).unwrap();
                 match &heard {
                     Heard::Started(started) => self.started = Some(started.clone()),

@@ -20,7 +20,7 @@ pub enum NewCarrier {
 /// Carriers without parameters.
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", try_from = "String")]
 pub enum CarrierName {
     /// By whichever way there is, in this order: a ring, a VMM that connects by vhost-user, a VM with its CID in the host's kernel, the
     /// socket `v.sock` of a VMM in the VM's directory. Whoever may open the kernel's `/dev/vhost-vsock` can be this VM.
@@ -29,6 +29,20 @@ pub enum CarrierName {
     VhostUser,
     /// The same, and that there is no ring is a fault.
     Ring,
+}
+
+/// As text alone: serde's own also takes an object with a name and nothing.
+impl TryFrom<String> for CarrierName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match &*text {
+            "auto" => Ok(Self::Auto),
+            "vhost-user" => Ok(Self::VhostUser),
+            "ring" => Ok(Self::Ring),
+            _ => Err(format!("{text:?} is no carrier")),
+        }
+    }
 }
 
 /// The sockets of Firecracker and Cloud Hypervisor.
@@ -105,7 +119,12 @@ mod tests {
             assert_eq!(serde_json::to_string(&carrier).unwrap(), text);
             assert_eq!(serde_json::from_str::<NewCarrier>(text).unwrap(), carrier);
         }
-        for none in [r#""hybrid""#, r#"{"hybrid":"/a","cid":3}"#, "3"] {
+        for none in [
+            r#""hybrid""#,
+            r#"{"hybrid":"/a","cid":3}"#,
+            r#"{"auto":null}"#,
+            "3",
+        ] {
             serde_json::from_str::<NewCarrier>(none).unwrap_err();
         }
     }

@@ -127,7 +127,12 @@ pub fn absent_agent(vm: &Vm) -> String {
             ms / 1000,
             ms % 1000 / 100
         ),
-        _ => missing(VmState::Up).map_or_else(String::new, |(what, _)| what.to_owned()),
+        // What is missing ahead of it, if that is why.
+        _ => match vm.state {
+            VmState::Up | VmState::Ready => missing(VmState::Up),
+            state => missing(state),
+        }
+        .map_or_else(String::new, |(what, _)| what.to_owned()),
     }
 }
 
@@ -449,6 +454,12 @@ fn last_dial(vm: &Vm) -> Finding {
         Some(refused) => {
             let says = format!("{ago} s ago, {}: {}", refused.code, refused.text);
             match dial.ms_ago < DIAL_IS_NEWS_MS {
+                // Whoever reads this has asked the doctor already.
+                true if refused.remedy.contains("adit doctor") => failed(
+                    "last dial",
+                    says,
+                    "mend what else has failed here, then try again",
+                ),
                 true => failed("last dial", says, &refused.remedy),
                 false => ok("last dial", says),
             }

@@ -166,7 +166,6 @@ mod tests {
     /// Every combination, by a row: ring, vhost-user, kernel, hybrid, the busy one; what services take, what the rest takes.
     #[test]
     fn the_first_that_there_is_is_taken_and_a_busy_one_is_kept() {
-        use Way::{Hybrid, Kernel, VhostUser};
         for bits in 0..16 {
             let there = There {
                 ring: bits & 8 != 0,
@@ -176,9 +175,9 @@ mod tests {
             };
             let first = match bits & 7 {
                 0 => None,
-                1 => Some(Hybrid),
-                2 | 3 => Some(Kernel),
-                _ => Some(VhostUser),
+                1 => Some(Way::Hybrid),
+                2 | 3 => Some(Way::Kernel),
+                _ => Some(Way::VhostUser),
             };
             let ring = bits & 8 != 0;
             assert_eq!(choose(there, None), Choice { ring, way: first });

@@ -16,7 +16,11 @@ pub fn parse(
     if authority.contains('@') {
         return Err(DestinationError::User);
     }
-    let Some((host, port)) = authority.rsplit_once(':') else {
+    // An address of IPv6 has its colons within brackets, and is no name, whatever follows.
+    let address = authority.starts_with('[').then(|| authority.rfind(']'));
+    let within = address.flatten().map_or(0, |end| end + 1);
+    let port_at = authority[within..].rfind(':').map(|at| at + within);
+    let Some((host, port)) = port_at.map(|at| (&authority[..at], &authority[at + 1..])) else {
         return Destination::named(suffix, authority, default_port);
     };
     // Clients write a port behind any host. Where it chooses nothing it is still a port, or refused.
@@ -101,6 +105,27 @@ mod tests {
                 (Target::VsockPort(5000), "web-1")
             );
         }
+    }
+
+    #[test]
+    fn r62_an_address_names_nothing_and_its_colons_are_no_ports() {
+        for (address, named) in [
+            ("[::1]", "[::1]"),
+            ("[::1]:80", "[::1]"),
+            ("[fe80::1]:22", "[fe80::1]"),
+            ("127.0.0.1:80", "127.0.0.1"),
+        ] {
+            match parse(address, Some(80)) {
+                Err(e @ DestinationError::BadName { .. }) => {
+                    assert!(e.to_string().contains(&format!("`{named}`")), "{e}");
+                }
+                other => panic!("{address}: {other:?}"),
+            }
+        }
+        assert!(matches!(
+            parse("[::1]:x", None),
+            Err(DestinationError::BadPort(_))
+        ));
     }
 
     #[test]

@@ -192,12 +192,6 @@ impl VmMap {
         hosts.cloned().collect()
     }
 
-    /// Whether every host that could have a VM has said whether it has; `at`: the only one that is meant.
-    pub fn have_all_said(&self, vm: &VmId, at: Option<&VmId>, now_ms: u64) -> bool {
-        let unheard = self.unheard(vm, now_ms);
-        !unheard.iter().any(|host| at.is_none_or(|at| at == host))
-    }
-
     fn entry(&mut self, vm: &VmId, host: &VmId, now_ms: u64) -> &mut Said {
         if self.names.len() >= NAMES_MAX && !self.names.contains_key(vm) {
             // In pieces, so that a flood of names does not look at all of them each time.
@@ -363,7 +357,7 @@ mod tests {
         let both = Place::Ambiguous(vec![name("alpha"), beta.clone()]);
         assert_eq!(place(Some(&live), None), both);
         assert_eq!(place(Some(&live), Some("alpha")), Place::At(name("alpha")));
-        assert!(map.have_all_said(&vm, None, OLD_MS));
+        assert!(map.unheard(&vm, OLD_MS).is_empty());
         assert_eq!(map.claims(&vm, OLD_MS), [claim("beta", true)]);
         let look = map.look(&name("web-8"), None, None, 0);
         assert_eq!((look.place, look.ask.len()), (None, 2));
@@ -373,14 +367,12 @@ mod tests {
     fn a_host_that_has_not_answered_has_not_said_no() {
         let (mut map, vm) = (map(), name("web-9"));
         let (beta, gamma) = (name("beta"), name("gamma"));
-        assert!(!map.have_all_said(&vm, None, 0));
         map.asked(&vm, &gamma, 0);
         map.heard(&vm, &beta, None, 0);
-        assert!(!map.have_all_said(&vm, None, 0) && !map.have_all_said(&vm, Some(&gamma), 0));
-        assert!(map.have_all_said(&vm, Some(&beta), 0));
-        assert!(map.have_all_said(&vm, Some(&name("nobody")), 0));
+        assert!(map.unheard(&vm, 0).iter().eq([&gamma]));
         map.heard(&vm, &gamma, None, 0);
-        assert!(map.have_all_said(&vm, None, OLD_MS - 1) && !map.have_all_said(&vm, None, OLD_MS));
+        assert!(map.unheard(&vm, OLD_MS - 1).is_empty());
+        assert_eq!(map.unheard(&vm, OLD_MS).len(), 2);
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! | `exec` | commands are run in it, as any user of it, and its sessions are shown and ended |
 //! | `exec:deploy,www-data` | the same, as these users |
 //!
-//! None of them implies another one.
+//! `reach` is also by a listener that leads there, as `forward` is. Else none of them implies another one.
 
 use std::fmt;
 use std::ops::RangeInclusive;

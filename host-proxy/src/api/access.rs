@@ -13,8 +13,10 @@ use utoipa::IntoParams;
 
 use super::lists::{self, PageQuery};
 use super::{Answer, ApiError, App, find};
-use crate::access::caller::Person;
 use crate::access::{Access, Caller, Grant, Subject, Verb};
+use crate::proxy::authority;
+use crate::reach::find::Found;
+use crate::reach::{self, Destination};
 
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -23,7 +25,8 @@ pub(super) struct Check {
     r#as: String,
     /// `reach` with a target; `forward`, the same by a listener that leads there; `exec` with a user of the guest for its target; `see`, `task`, `goal`, `manage` without one.
     verb: String,
-    /// Name of the VM.
+    /// The VM. Of `reach` and `forward` without a target, also where in it, as a client of the proxy writes it: `web-1:80`,
+    /// `vsock-5000.web-1`, `docker.web-1.svc`.
     vm: String,
     /// `tcp:80`, `vsock:5000`, or the name of a service; of `exec` a user, without one any of them.
     #[serde(default)]
@@ -46,6 +49,7 @@ pub(super) async fn check(
     let user = ask.target.as_deref().filter(|_| is_exec);
     let target = ask.target.as_deref().filter(|_| !is_exec);
     let target = target.map(self::target).transpose()?;
+    let (to, target) = destination(&state, &ask, target)?;
     let caller = match &*ask.verb {
         "forward" => caller.led(),
         _ => caller,
@@ -64,16 +68,33 @@ pub(super) async fn check(
         }
     };
     let names = caller.subjects().iter().map(ToString::to_string).collect();
-    let Ok(vm) = find(&state, &ask.vm) else {
-        let vm = adit_names::escape(&ask.vm).at_most(80);
-        return Ok(Json(AccessDecision {
+    let denied = |reason: &str, text: String, hidden| {
+        Json(AccessDecision {
             allowed: false,
-            caller: names,
+            caller: caller.subjects().iter().map(ToString::to_string).collect(),
             by: None,
-            reason: Some("unknown-vm".into()),
-            text: format!("no VM is named `{vm}` on this host: `adit vm ls` lists them"),
-            hidden: true,
-        }));
+            reason: Some(reason.to_owned()),
+            text,
+            hidden,
+        })
+    };
+    let vm = match reach::find::find(&state, &Caller::owner(), &to).await {
+        Found::Here(vm) => vm,
+        Found::There(host) => {
+            let host = &host.config.name;
+            let text = format!(
+                "VM `{}` is on host `{host}`, which decides: ask there",
+                to.name()
+            );
+            return Ok(denied("another-host", text, false));
+        }
+        Found::Nowhere(_) | Found::Several(_) => {
+            let text = format!(
+                "no VM is named `{}` on this host: `adit vm ls` lists them",
+                to.name()
+            );
+            return Ok(denied("unknown-vm", text, true));
+        }
     };
     let grants = state.grants();
     let decision = vm.viewed(
@@ -115,10 +136,7 @@ async fn caller(state: &App, text: &str) -> Result<Caller, ApiError> {
         Subject::Anyone => nobody,
         Subject::User(name) => {
             let person = match name.parse() {
-                Ok(uid) => Some(Person {
-                    uid,
-                    ..Person::default()
-                }),
+                Ok(uid) => Some((*state.callers.person(uid).await).clone()),
                 Err(_) => state.callers.named(&name).await,
             };
             let unknown = || {
@@ -129,6 +147,24 @@ async fn caller(state: &App, text: &str) -> Result<Caller, ApiError> {
         }
         other => nobody.with([other]),
     })
+}
+
+/// What is asked about, by the rules of the proxy.
+fn destination(
+    state: &App,
+    ask: &Check,
+    target: Option<Target>,
+) -> Result<(Destination, Option<Target>), ApiError> {
+    let suffix = &state.config.names.suffix;
+    let is_place = target.is_none() && ["reach", "forward"].contains(&&*ask.verb);
+    let parsed = match is_place {
+        true => authority::parse(suffix, &ask.vm, None),
+        // The port is of no account.
+        false => Destination::named(suffix, &ask.vm, Some(1)),
+    };
+    let to = parsed.map_err(|e| usage(&e.to_string()))?;
+    let target = target.or_else(|| is_place.then(|| to.target.clone()));
+    Ok((to, target))
 }
 
 /// `tcp:80`, `vsock:5000`, or the name of a service.

@@ -75,14 +75,16 @@ pub fn router(state: App) -> Router {
             state.clone(),
             rules::allowed,
         ))
-        .fallback(|| async {
-            ApiError::new(
-                StatusCode::NOT_FOUND,
-                "unknown-path",
-                "there is no such path",
-            )
-        })
+        .fallback(no_such_path)
         .with_state(state)
+}
+
+async fn no_such_path() -> ApiError {
+    ApiError::new(
+        StatusCode::NOT_FOUND,
+        "unknown-path",
+        "there is no such path",
+    )
 }
 
 /// The document of all endpoints.
@@ -159,7 +161,7 @@ async fn in_our_shape(request: Request, next: Next) -> Response {
 /// What may also be had over TCP.
 pub fn observe(state: App) -> Router<App> {
     let (router, _) = observed().split_for_parts();
-    router.with_state(state)
+    router.fallback(no_such_path).with_state(state)
 }
 
 fn observed() -> OpenApiRouter<App> {
@@ -285,9 +287,12 @@ impl From<Refusal> for ApiError {
             Code::UnknownService => {
                 return Self::new(S::FORBIDDEN, "old-agent", refusal.text()).help(help);
             }
-            Code::Locked | Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::Busy => {
-                S::SERVICE_UNAVAILABLE
-            }
+            Code::Locked
+            | Code::NoPortProcess
+            | Code::NoSession
+            | Code::NoAgent
+            | Code::SilentHost
+            | Code::Busy => S::SERVICE_UNAVAILABLE,
             Code::TooLarge => S::PAYLOAD_TOO_LARGE,
             Code::NoSpace => S::INSUFFICIENT_STORAGE,
             _ => S::BAD_GATEWAY,

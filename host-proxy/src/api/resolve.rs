@@ -1,7 +1,8 @@
 //! What the API is asked of names: which host has a VM, and what all hosts have.
 
 use adit_api::{AllVms, HostShown, Resolution, Silent, VmAt};
-use adit_names::ServiceName;
+use adit_channel::refusal::Code;
+use adit_names::{ServiceName, VmId};
 use adit_port::control::Target;
 use axum::Json;
 use axum::extract::{Path, State as Shared};
@@ -12,9 +13,11 @@ use super::{Answer, ApiError, App};
 use crate::access::Caller;
 use crate::peers::asked;
 use crate::reach::Destination;
-use crate::reach::find::{Found, find};
+use crate::reach::find::{Found, find, silent};
 use crate::reach::resolve::listed;
+use crate::remedy;
 use crate::vm::VmEntry;
+use crate::vms;
 
 /// Says which host has a VM.
 #[utoipa::path(
@@ -48,8 +51,9 @@ pub(super) async fn one(
     });
     let mut claims: Vec<_> = own.into_iter().chain(others).collect();
     claims.sort_by(|a, b| a.host.cmp(&b.host));
-    if claims.is_empty() && !here {
-        return Err(ApiError::unknown_vm(&to.name()));
+    match found {
+        Found::Nowhere(_) => return Err(nowhere(&state, &to, &claims)),
+        Found::Here(_) | Found::There(_) | Found::Several(_) => {}
     }
     Ok(Json(Resolution {
         vm: to.vm.to_string(),
@@ -59,11 +63,42 @@ pub(super) async fn one(
     }))
 }
 
+/// No host that is meant and answers has the VM. Whoever asks here may see all VMs, and hears of others.
+fn nowhere(state: &App, to: &Destination, claims: &[VmAt]) -> ApiError {
+    let (name, vm) = (to.name(), &to.vm);
+    let silent = silent(state, &Caller::owner(), to);
+    if !silent.is_empty() {
+        let text = format!(
+            "no host that answers has a VM named `{name}`, and of {}, which may have it, there is no answer",
+            listed(&silent)
+        );
+        return ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "silent-host", text)
+            .help(remedy::of(Code::SilentHost));
+    }
+    let hosts: Vec<VmId> = claims
+        .iter()
+        .filter_map(|at| at.host.parse().ok())
+        .collect();
+    if to.host.is_none() || hosts.is_empty() {
+        return ApiError::unknown_vm(&name);
+    }
+    let text = format!(
+        "no VM is named `{name}`: VM `{vm}` is on {}",
+        listed(&hosts)
+    );
+    ApiError::new(StatusCode::NOT_FOUND, "unknown-vm", text).help(&format!(
+        "`adit resolve {vm}` says which host it is that the name leads to"
+    ))
+}
+
 /// Why a VM of this host is not what its name leads to; none: it is.
 pub(super) async fn not_ours(state: &App, vm: &VmEntry) -> Option<String> {
     // Its port is of no account.
     let to = Destination::of(vm.name.clone(), Target::Service(ServiceName::tcp(1)));
     let name = &vm.name;
+    if state.registry.is_host(name) {
+        return Some(vms::host_has_the_name(name));
+    }
     match find(state, &Caller::owner(), &to).await {
         Found::Here(_) | Found::Nowhere(_) => None,
         Found::There(host) => {

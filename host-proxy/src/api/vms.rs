@@ -40,7 +40,14 @@ pub(super) async fn list(
     let mut vms = state.registry.all();
     vms.retain(|vm| asks.sees(&state, Verb::See, vm.name.as_str()));
     let (page, next) = page.of(&vms, |vm| vm.name.to_string());
-    let shown: Vec<Vm> = page.iter().map(|vm| vm.show()).collect();
+    let shown = page.iter().map(|vm| {
+        let mut shown = vm.show();
+        if state.registry.is_host(&vm.name) {
+            named(&mut shown, vms::host_has_the_name(&vm.name));
+        }
+        shown
+    });
+    let shown: Vec<Vm> = shown.collect();
     Ok(lists::page(&shown, next))
 }
 
@@ -55,11 +62,16 @@ pub(super) async fn show(Shared(state): Shared<App>, Path(name): Path<String>) -
     let vm = find(&state, &name)?;
     let mut shown = vm.show();
     if let Some(text) = resolve::not_ours(&state, &vm).await {
-        let kind = "name".into();
-        shown.fault.get_or_insert_with(|| text.clone());
-        shown.faults.push(VmFault { kind, text });
+        named(&mut shown, text);
     }
     Ok(Json(shown))
+}
+
+/// Its name leads elsewhere.
+fn named(shown: &mut Vm, text: String) {
+    let kind = "name".into();
+    shown.fault.get_or_insert_with(|| text.clone());
+    shown.faults.push(VmFault { kind, text });
 }
 
 /// Adds a VM.

@@ -1,5 +1,6 @@
 //! Checks a file against the table of keys: every mistake, with its line, in words of the product.
 
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::carrier::{check_cid, check_path};
 use super::keys::{Key, Kind, MANY, keys};
-use super::{ALLOW_MAX, Config, Files};
+use super::{ALLOW_MAX, Address, Config, Files};
 
 /// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -437,6 +438,9 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
     if let Err(message) = config.proxy.check() {
         problems.extend(documents.once("proxy", "listen", message));
     }
+    if let Some(Err(message)) = config.metrics.as_ref().map(|metrics| metrics.check()) {
+        problems.extend(documents.once("metrics", "listen", message));
+    }
     if let Some(uids) = config.ports.uids
         && uids.iter().take(config.vm.len()).count() < config.vm.len()
     {
@@ -474,6 +478,17 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
         problems.extend(documents.once("", "run_dir", e.to_string()));
         return problems;
     }
+    let once = [
+        ("proxy", Some(config.proxy.listen)),
+        ("metrics", config.metrics.as_ref().map(|m| m.listen)),
+    ];
+    let once = once.map(|(section, at)| (section, at.filter(|at| at.port() != 0)));
+    if let [(_, Some(proxy)), (_, Some(metrics))] = once
+        && proxy == metrics
+    {
+        let message = format!("the proxy has the address {proxy}: `listen` of [proxy]");
+        problems.extend(documents.once("metrics", "listen", message));
+    }
     let mut addresses = std::collections::BTreeMap::new();
     for (nth, listen) in config.listen.iter().enumerate() {
         if let Err((key, why)) = listen.check() {
@@ -486,6 +501,14 @@ pub(super) fn compare(config: &Config, documents: &Documents<'_>) -> Vec<Problem
             let first = documents.place("listen", first, "address");
             let message = format!(
                 "another listener has the address {}: {first}",
+                listen.address
+            );
+            problems.extend(documents.nth("listen", nth, "address", message));
+        }
+        let is = |at: &SocketAddr| listen.address == Address::Tcp(*at);
+        for (section, _) in once.iter().filter(|(_, at)| at.as_ref().is_some_and(is)) {
+            let message = format!(
+                "`listen` of [{section}] has the address {} already",
                 listen.address
             );
             problems.extend(documents.nth("listen", nth, "address", message));

@@ -250,6 +250,11 @@ mod tests {
                     assert_eq!(with, parse(&without), "{}", key.path);
                     continue;
                 }
+                "metrics" => {
+                    let without = "[metrics]\nlisten = \"127.0.0.1:1\"\n";
+                    assert_eq!(parse(&format!("{without}{line}")), parse(without));
+                    continue;
+                }
                 section => parse(&format!("[{section}]\n{line}{vm}")),
             };
             assert_eq!(with, parse(vm), "{}", key.path);

@@ -405,6 +405,7 @@ fn every_limit_of_the_table_is_the_limit_and_is_named() {
 #[test]
 fn a_proxy_for_other_machines_needs_the_operators_word() {
     let listen = |address: &str| format!("[proxy]\nlisten = \"{address}\"\n");
+    parse("[metrics]\nlisten = \"127.0.0.1:7081\"\n").unwrap();
     for address in [
         "127.0.0.1:1",
         "127.8.9.1:1",
@@ -429,8 +430,12 @@ fn a_proxy_for_other_machines_needs_the_operators_word() {
             open.summary()
                 .contains(&format!("{address} (other machines"))
         );
+        // It shows all VMs to whoever reaches it.
         let metrics = format!("[metrics]\nlisten = \"{address}\"\n");
-        let metrics = parse(&metrics).unwrap().summary();
+        let found = &problems(&metrics)[0];
+        assert_eq!((found.line, found.key.as_deref()), (2, Some("listen")));
+        assert!(found.message.contains("`open = true`"), "{found:?}");
+        let metrics = parse(&(metrics + "open = true\n")).unwrap().summary();
         assert_eq!(metrics.matches("(other machines").count(), 1, "{metrics}");
         problems(&(listen(address) + "open = false\n"));
     }
@@ -495,6 +500,15 @@ fn a_listener_says_where_its_connections_lead_if_and_only_if_its_clients_do_not(
     let twice = "[[listen]]\naddress = \"127.0.0.1:7\"\n";
     let found = &problems(&twice.repeat(2))[0];
     assert_eq!((found.line, found.key.as_deref()), (4, Some("address")));
+    // Nor may one be where something else listens.
+    for section in ["proxy", "metrics"] {
+        let both = format!("[{section}]\nlisten = \"127.0.0.1:7\"\n{twice}");
+        let found = &problems(&both)[0];
+        assert_eq!((found.line, found.key.as_deref()), (4, Some("address")));
+        parse(&both.replace(":7", ":0")).unwrap();
+    }
+    let both = "[proxy]\nlisten = \"127.0.0.1:7\"\n[metrics]\nlisten = \"127.0.0.1:7\"\n";
+    assert_eq!(problems(both)[0].line, 4);
 }
 
 #[test]

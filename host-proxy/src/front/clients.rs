@@ -116,14 +116,15 @@ pub async fn socks5(state: Arc<State>, mut client: Stream, asking: Asking, place
             bytes.split_off(len),
         ),
         Ok(Ok(Step::Refuse(said, why))) => {
-            let (status, error) = match why {
-                Why::Malformed(_) => (StatusCode::BAD_REQUEST, "http_request_error"),
-                Why::NoToken => (
-                    StatusCode::PROXY_AUTHENTICATION_REQUIRED,
-                    "http_request_denied",
-                ),
+            let problem = Problem::malformed(why.to_string());
+            let problem = match why {
+                Why::Malformed(_) => problem,
+                Why::NoToken => Problem {
+                    status: StatusCode::PROXY_AUTHENTICATION_REQUIRED,
+                    error: "http_request_denied",
+                    ..problem
+                },
             };
-            let problem = Problem::new(status, error, why.to_string());
             note_early(&state, &place, "socks5", &caller, &problem);
             return refuse(&state, client, &said, &place).await;
         }

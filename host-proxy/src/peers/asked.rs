@@ -65,6 +65,7 @@ where
                 "this is host `{}` itself, which answers to GET {PATH}/VM only",
                 state.host().map_or("", |host| host.as_str())
             ),
+            "for a VM of it, name the VM; for its API use `adit --server` with a listener of role \"management\"",
         )),
     }
 }

@@ -187,7 +187,9 @@ impl Host {
             let (status, error) = (answer.status(), error_of(&answer));
             let body = collected(answer.into_body(), TEXT_MAX, &slot).await;
             let text = String::from_utf8_lossy(&body.unwrap_or_default()).into_owned();
-            let text = adit_names::escape(text.trim()).to_string();
+            // What to do about it is said here, with what is known here.
+            let why = text.trim().lines().next().unwrap_or_default();
+            let text = adit_names::escape(why).to_string();
             Ok(Err(Refusal::new(
                 code(status, &error),
                 format!("host `{name}`: {text}"),
@@ -388,7 +390,7 @@ fn unreachable(host: &Host, why: &NoLine) -> Refusal {
     tracing::warn!(host = %name, error = %adit_names::escape(&why.to_string()), "another host is not reached");
     let code = match why {
         NoLine::Slow => Code::NoAnswer,
-        _ => Code::NoPortProcess,
+        _ => Code::SilentHost,
     };
     Refusal::new(
         code,

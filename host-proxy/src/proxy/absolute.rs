@@ -82,7 +82,8 @@ pub(super) async fn handle<B: Relayed>(
     let bound = fields::binds_connection(response.headers());
     let plain = fields::plain_framing(response.headers_mut()).map_err(|why| {
         let detail = format!("{to}: {why}");
-        Problem::new(StatusCode::BAD_GATEWAY, "http_protocol_error", detail)
+        let status = StatusCode::BAD_GATEWAY;
+        Problem::new(status, "http_protocol_error", detail, NO_HTTP)
     })?;
     let hop = Hop::take_from(response.headers_mut());
     fields::add_via(response.headers_mut(), received);
@@ -99,7 +100,7 @@ pub(super) async fn handle<B: Relayed>(
         StatusCode::SWITCHING_PROTOCOLS => {
             let detail = format!("{to}: the server changed to a protocol that nobody asked for");
             let status = StatusCode::BAD_GATEWAY;
-            return Err(Problem::new(status, "http_protocol_error", detail));
+            return Err(Problem::new(status, "http_protocol_error", detail, NO_HTTP));
         }
         // It says to what.
         StatusCode::UPGRADE_REQUIRED => hop.upgrade_only().put_into(response.headers_mut()),
@@ -121,13 +122,17 @@ pub(super) async fn handle<B: Relayed>(
     Ok((response, None))
 }
 
+/// What helps where a server breaks the rules of HTTP.
+const NO_HTTP: &str =
+    "look into the guest: its server breaks the rules of HTTP; CONNECT carries whatever it says";
+
 /// Whom a request is for, and the `Host` that says so.
 fn target(
     state: &State,
     uri: &Uri,
     host: Option<&HeaderValue>,
 ) -> Result<(Destination, HeaderValue), Problem> {
-    let bad = |detail: &str| Problem::new(StatusCode::BAD_REQUEST, "http_request_error", detail);
+    let bad = |detail: &str| Problem::malformed(detail);
     // A client that wants a WebSocket may ask for `ws://`, which is an `http://` that asks for an upgrade (RFC 6455 §3).
     let is_http = |scheme: &str| {
         ["http", "ws"]

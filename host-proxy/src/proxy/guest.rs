@@ -110,7 +110,7 @@ impl Guest {
                 let detail = format!("{to}: no answer began within {limit:?}");
                 let status = StatusCode::GATEWAY_TIMEOUT;
                 Err(Failed {
-                    problem: Problem::new(status, "http_response_timeout", detail),
+                    problem: Problem::new(status, "http_response_timeout", detail, SLOW),
                     unheard: false,
                 })
             }
@@ -269,5 +269,10 @@ impl GiveBack {
 
 fn incomplete(to: &Destination, e: &hyper::Error) -> Problem {
     let detail = format!("{to}: {e}");
-    Problem::new(StatusCode::BAD_GATEWAY, "http_response_incomplete", detail)
+    let remedy = "look into the guest: its server ended the connection, or what it says is no HTTP";
+    let status = StatusCode::BAD_GATEWAY;
+    Problem::new(status, "http_response_incomplete", detail, remedy)
 }
+
+/// What helps where a server takes long.
+const SLOW: &str = "look into the guest: its server is slow; `[limits] response_s` in aditd.toml is how long it may take";

@@ -1,6 +1,6 @@
-//! Failures are answers: a status, a `Proxy-Status` (RFC 9209) for programs and one line for people.
+//! Failures are answers: a status, a `Proxy-Status` (RFC 9209) for programs, and for people a line of why and a line of what to do.
 //!
-//! What a [`Refusal`] becomes is one table, `of_code`. Everything else here is about HTTP itself.
+//! What a [`Refusal`] becomes is one table, `of_code`, and [`remedy::of`]. Everything else here is about HTTP itself.
 
 use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
@@ -27,19 +27,32 @@ pub struct Problem {
     pub error: &'static str,
     /// What and why.
     pub detail: String,
+    /// What to do about it.
+    pub remedy: &'static str,
     /// Seconds after which it may go better.
     pub retry_after: Option<u32>,
     /// The other host that says so, and this one.
     pub hosts: Option<Box<[String; 2]>>,
 }
 
+/// What whoever wrote a request can do that is none.
+const WRITE_A_REQUEST: &str = "the program that asks is at fault: it is to ask for http://VM/path or CONNECT VM:PORT, as curl does with `curl -x`";
+/// What can be done where a name or a port is none.
+const WRITE_A_NAME: &str = "write VM, VM.HOST or SERVICE.VM.svc, and a port from 1 to 65535; `adit vm ls` on the host lists its VMs";
+
 impl Problem {
     /// Makes one that will not go better by itself.
-    pub fn new(status: StatusCode, error: &'static str, detail: impl Into<String>) -> Self {
+    pub fn new(
+        status: StatusCode,
+        error: &'static str,
+        detail: impl Into<String>,
+        remedy: &'static str,
+    ) -> Self {
         Self {
             status,
             error,
             detail: detail.into(),
+            remedy,
             retry_after: None,
             hosts: None,
         }
@@ -64,34 +77,42 @@ impl Problem {
 
     /// A request that is none.
     pub fn malformed(detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "http_request_error", detail)
+        let status = StatusCode::BAD_REQUEST;
+        Self::new(status, "http_request_error", detail, WRITE_A_REQUEST)
+    }
+
+    /// The same with another remedy.
+    #[must_use]
+    pub fn remedy(self, remedy: &'static str) -> Self {
+        Self { remedy, ..self }
     }
 
     /// The same as bytes of HTTP/1.1, for a client that is not served at all.
     pub fn text(&self) -> String {
-        let line = self.line();
+        let text = self.lines();
         let retry = self
             .retry_after
             .map(|seconds| format!("Retry-After: {seconds}\r\n"));
         format!(
             "HTTP/1.1 {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\
-             {}Proxy-Status: {}\r\n\r\n{line}",
+             {}Proxy-Status: {}\r\n\r\n{text}",
             self.status,
-            line.len(),
+            text.len(),
             retry.unwrap_or_default(),
             self.proxy_status(),
         )
     }
 
-    fn line(&self) -> String {
+    /// Why, and what to do: a line each.
+    fn lines(&self) -> String {
         // Part of it may be a guest's, and the reader a terminal (R72).
-        format!("{}\n", adit_names::escape(&self.detail))
+        format!("{}\n{}\n", adit_names::escape(&self.detail), self.remedy)
     }
 
     /// The answer.
     pub fn response(&self) -> Response<Body> {
-        let line = self.line();
-        let mut response = Response::new(Full::from(line).map_err(|never| match never {}).boxed());
+        let text = self.lines();
+        let mut response = Response::new(Full::from(text).map_err(|never| match never {}).boxed());
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(
@@ -128,7 +149,7 @@ fn of_code(code: Code) -> (StatusCode, &'static str) {
         Code::NotAllowed | Code::Denied | Code::UnknownService => {
             (S::FORBIDDEN, "http_request_denied")
         }
-        Code::Locked | Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
+        Code::Locked | Code::NoPortProcess | Code::NoSession | Code::NoAgent | Code::SilentHost => {
             (S::SERVICE_UNAVAILABLE, "destination_unavailable")
         }
         Code::TooOften => (S::TOO_MANY_REQUESTS, "connection_limit_reached"),
@@ -148,16 +169,9 @@ fn of_code(code: Code) -> (StatusCode, &'static str) {
 impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
         let (status, error) = of_code(refusal.code());
-        let text = match refusal.code() {
-            // What is missing there is nothing that its text could name; and who locks a VM writes a reason, and no remedy.
-            code @ (Code::UnknownService | Code::Version | Code::Locked) => {
-                format!("{}; {}", refusal.text(), remedy::of(code))
-            }
-            _ => refusal.text().to_owned(),
-        };
         Self {
             retry_after: refusal.retry_after(),
-            ..Self::new(status, error, text)
+            ..Self::new(status, error, refusal.text(), remedy::of(refusal.code()))
         }
     }
 }
@@ -165,8 +179,10 @@ impl From<Refusal> for Problem {
 impl From<DestinationError> for Problem {
     fn from(e: DestinationError) -> Self {
         match e {
-            DestinationError::BadName { .. } => Refusal::new(Code::UnknownVm, e.to_string()).into(),
-            e => Self::malformed(e.to_string()),
+            DestinationError::BadName { .. } => {
+                Self::from(Refusal::new(Code::UnknownVm, e.to_string())).remedy(WRITE_A_NAME)
+            }
+            e => Self::malformed(e.to_string()).remedy(WRITE_A_NAME),
         }
     }
 }

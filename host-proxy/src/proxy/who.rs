@@ -13,6 +13,10 @@ use crate::peers::hop::{self, CALLER};
 use crate::reach::dial::STRANGE;
 use crate::state::State;
 
+/// What helps where somebody has to say who they are.
+const SHOW_A_TOKEN: &str =
+    "show a token of the host: `curl --proxy-user x:TOKEN`; `adit access token` there makes one";
+
 /// Finds out who asks. The field that says so goes no further.
 ///
 /// # Errors
@@ -55,13 +59,6 @@ async fn found<B>(
     let tokens = state.callers.tokens();
     // The host that has the VM may know it.
     let may_pass = is_one && caller.via().is_none() && !state.peers.all().is_empty();
-    if tokens.is_empty() {
-        // It is another proxy's, as of a client that uses several.
-        return Ok(match may_pass {
-            true => caller.with_shown(field.as_bytes(), false),
-            false => caller,
-        });
-    }
     let token = shown(field.as_bytes()).filter(|_| is_one);
     if let Some(seconds) = must_wait(state, &caller) {
         return Err(Problem {
@@ -70,6 +67,7 @@ async fn found<B>(
                 StatusCode::TOO_MANY_REQUESTS,
                 "http_request_denied",
                 "too many wrong tokens came from there: none is looked at for a while",
+                "wait as long as Retry-After says, and show a token that is right",
             )
         });
     }
@@ -99,14 +97,12 @@ pub(super) fn may_log_in(state: &State, caller: &Caller, problem: Problem) -> Pr
         return must_log_in(STRANGE);
     }
     if caller.is_anonymous() && is_denied && !state.callers.tokens().is_empty() {
-        return must_log_in(
-            "whoever you are may not do this: show a token (`curl --proxy-user x:TOKEN`)",
-        );
+        return must_log_in("nobody may do this without saying who they are");
     }
     problem
 }
 
 fn must_log_in(detail: &str) -> Problem {
     let status = StatusCode::PROXY_AUTHENTICATION_REQUIRED;
-    Problem::new(status, "http_request_denied", detail)
+    Problem::new(status, "http_request_denied", detail, SHOW_A_TOKEN)
 }

@@ -15,7 +15,8 @@ use adit_port::control::{DialFailed, Limit, Target};
 use tokio_util::sync::CancellationToken;
 
 use super::destination::Destination;
-use super::find::{Found, ambiguous, find};
+use super::find::{self, Found, ambiguous, find};
+use super::resolve::listed;
 use crate::access::tag::Tag;
 use crate::access::{Caller, Grants, Verb};
 use crate::link::{ClientEnd, ClientSocket, Link, Question, Unopened};
@@ -108,12 +109,9 @@ pub async fn admit(
             let visit = visit.clone();
             return Ok(Admitted { way, share, visit });
         }
-        Found::Nowhere(why) => {
-            state.denied(caller, "reach", to.vm.as_str(), &to.what(), why);
-            return Err(unknown(to, caller));
-        }
+        Found::Nowhere(why) => return Err(nowhere(state, caller, to, why)),
         Found::Several(hosts) => {
-            state.denied(caller, "reach", to.vm.as_str(), &to.what(), "ambiguous");
+            state.denied(caller, "reach", &to.name(), &to.what(), "ambiguous");
             return Err(ambiguous(&to.vm, &hosts));
         }
     };
@@ -121,7 +119,15 @@ pub async fn admit(
         // It is written down, and counted, with the answer.
         return Err(Refusal::new(Code::NotAllowed, STRANGE));
     }
-    admit_here(state, caller, to, vm, visit)
+    let admitted = admit_here(state, caller, to, vm, visit);
+    match admitted {
+        // Whoever may not see it waits, and hears, as if it were not there.
+        Err(refusal) if refusal.code() == Code::UnknownVm => {
+            find::ask_as_if_unknown(state, caller, to).await;
+            Err(not_found(state, caller, to))
+        }
+        admitted => admitted,
+    }
 }
 
 /// The same, for a VM of this host.
@@ -199,14 +205,43 @@ pub fn share(state: &State, vm: &VmId, weight: usize) -> Result<Share<VmId>, Ref
         .ok_or_else(|| Refusal::busy(format!("VM `{vm}` has {max} requests under way already")))
 }
 
+/// No host that answers has the VM.
+fn nowhere(state: &State, caller: &Caller, to: &Destination, why: &'static str) -> Refusal {
+    let refusal = not_found(state, caller, to);
+    let why = match refusal.code() {
+        Code::SilentHost => "silent-host",
+        _ => why,
+    };
+    // With the host that was meant, if one was.
+    state.denied(caller, "reach", &to.name(), &to.what(), why);
+    refusal
+}
+
+/// What whoever asks for a VM hears that is not found: as long as a host that may have it does not answer, that it may be there.
+fn not_found(state: &State, caller: &Caller, to: &Destination) -> Refusal {
+    let silent = find::silent(state, caller, to);
+    // Who says nothing of themselves may have to do that first.
+    let must_log_in = caller.is_anonymous() && !state.callers.tokens().is_empty();
+    if silent.is_empty() || (must_log_in && caller.shown().is_none()) {
+        return unknown(to, caller);
+    }
+    let which = match find::may_know(state, caller, to, None) {
+        true => format!("of {}, which may have it,", listed(&silent)),
+        false => "of a host that may have it,".to_owned(),
+    };
+    let text = format!(
+        "no host that answers has a VM named `{}`, and {which} there is no answer",
+        to.name()
+    );
+    Refusal::new(Code::SilentHost, text)
+}
+
 /// There is no such VM, or none that the caller may see: nothing tells these two apart.
 pub fn unknown(to: &Destination, caller: &Caller) -> Refusal {
     let vm = to.name();
     let text = match caller.is_owner() {
-        true => format!("no VM is named `{vm}` on this host (`adit vm ls` lists them)"),
-        false => format!(
-            "no VM is named `{vm}` on this host, or no grant lets {caller} have it: `adit access check` on the host says which"
-        ),
+        true => format!("no VM is named `{vm}` on this host"),
+        false => format!("no VM is named `{vm}` on this host, or no grant lets {caller} have it"),
     };
     Refusal::new(Code::UnknownVm, text)
 }
@@ -343,9 +378,10 @@ fn of_other(
     if refusal.code() != Code::UnknownVm {
         return refusal;
     }
+    let unknown = not_found(state, caller, to);
     // Its word counts: it is asked again before anybody is sent there.
     state.peers.map().forget(&to.vm, &host.config.name);
-    unknown(to, caller)
+    unknown
 }
 
 impl Here {

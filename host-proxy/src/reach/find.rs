@@ -138,12 +138,33 @@ async fn others(state: &Arc<State>, caller: &Caller, to: &Destination, own: Own)
 }
 
 /// Whether a caller may see a VM, as far as that is known here: of one that is elsewhere, only its name is.
-fn may_know(state: &State, caller: &Caller, to: &Destination, own: Option<&VmEntry>) -> bool {
+pub fn may_know(state: &State, caller: &Caller, to: &Destination, own: Option<&VmEntry>) -> bool {
     let (grants, now_ms) = (state.grants(), state.now_ms());
     let sees = |vm: VmView<'_>| grants.granted(caller, Verb::See, vm, now_ms).is_ok();
     match own {
         Some(vm) => vm.viewed(sees),
         None => sees(VmView::of_name(to.vm.as_str())),
+    }
+}
+
+/// Hosts that may have a VM and have not said whether they do.
+pub fn silent(state: &State, caller: &Caller, to: &Destination) -> Vec<VmId> {
+    if caller.via().is_some() {
+        return vec![];
+    }
+    let peers = &state.peers;
+    let mut hosts = peers.map().unheard(&to.vm, peers.now_ms());
+    hosts.retain(|host| {
+        let may_claim = |host: Arc<Host>| host.config.may_claim(&to.vm);
+        to.host.as_ref().is_none_or(|at| at == host) && peers.get(host).is_some_and(may_claim)
+    });
+    hosts
+}
+
+/// Asks as for a name that this host does not have, so that a VM that is here and not to be seen takes as long as one that is nowhere.
+pub async fn ask_as_if_unknown(state: &Arc<State>, caller: &Caller, to: &Destination) {
+    if caller.via().is_none() {
+        others(state, caller, to, None).await;
     }
 }
 

@@ -155,6 +155,40 @@ fn r125_without_a_grant_nobody_reaches_anything_and_the_owner_is_told_why() {
 }
 
 #[test]
+fn a_check_reads_a_destination_and_a_user_as_the_proxy_does() {
+    let grant = grant("\"user:root\"", "\"a\"", "\"reach:80,svc:docker\"");
+    let (host, _ports) = Host::serving(&[("a", 3)], &grant);
+    let check = |caller: &str, vm: &str| {
+        let path = format!("/v1/access?as={caller}&verb=reach&vm={vm}");
+        let answer = host.api("GET", &path, "");
+        let body: Value = serde_json::from_str(&answer.body).unwrap();
+        (answer.status, body)
+    };
+    for vm in ["a:80", "A.adit:80", "a.ADIT.:80"] {
+        for caller in ["user:root", "user:0", "owner"] {
+            let (status, said) = check(caller, vm);
+            assert_eq!(
+                (status, said["allowed"].as_bool()),
+                (200, Some(true)),
+                "{said}"
+            );
+        }
+    }
+    // The VM's own lists count, and what cannot be is a mistake of whoever asks.
+    for (vm, reason) in [
+        ("vsock-5000.a", "not-granted"),
+        ("b:80", "unknown-vm"),
+        ("a.other:80", "unknown-vm"),
+    ] {
+        let (status, said) = check("user:root", vm);
+        assert_eq!((status, said["reason"].as_str()), (200, Some(reason)));
+    }
+    for vm in ["a", "a:99999", "a:docker", "a.adit.adit:80", "x@a:80"] {
+        assert_eq!(check("user:root", vm).0, 400, "{vm}");
+    }
+}
+
+#[test]
 fn r125_the_user_behind_a_loopback_connection_has_its_own_grants_and_no_other() {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("skipped: only root can be somebody else");

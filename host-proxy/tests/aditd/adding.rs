@@ -1,5 +1,7 @@
 //! `POST /v1/vms`: the ways to a guest, kept over the end of aditd.
 
+use std::fs;
+
 use serde_json::{Value, json};
 
 use crate::access::grant;
@@ -148,4 +150,33 @@ fn a_vm_that_is_to_have_a_ring_and_has_none_says_so_once_its_agent_is_there() {
     host.until("it has the fault", |h| fault(h).then_some(()));
     control.say(&Message::Ring(ring(true)), None);
     host.until("it has none", |h| (!fault(h)).then_some(()));
+}
+
+/// The file gets a host of that name while aditd is stopped.
+#[test]
+fn a_vm_whose_name_a_host_has_got_is_kept_with_a_fault_and_can_be_removed() {
+    let (mut host, _) = Host::serving(&[("a", 3)], "");
+    added(&host, json!({"name": "gamma", "cid": 9}));
+    host.kill();
+    let pin = format!("sha256/{}=", "A".repeat(43));
+    let text = fs::read_to_string(host.config_file()).unwrap();
+    let section =
+        format!("[[host]]\nname = \"gamma\"\naddress = \"192.0.2.1:1\"\npin = \"{pin}\"\n");
+    fs::write(host.config_file(), format!("{text}\n{section}")).unwrap();
+    host.start();
+    for vm in [host.get("/v1/vms/gamma"), host.get("/v1/vms")[1].clone()] {
+        // Its port process may be at fault besides.
+        let faults = vm["faults"].as_array().unwrap();
+        let named = faults.iter().find(|fault| fault["kind"] == "name");
+        let text = named.map_or("", |fault| fault["text"].as_str().unwrap());
+        assert!(
+            vm["name"] == "gamma" && text.contains("adit vm rm gamma"),
+            "{vm}"
+        );
+    }
+    assert!(host.log().contains("`gamma` is the name of a host too"));
+    assert_eq!(host.api("DELETE", "/v1/vms/gamma", "").status, 204);
+    // Now it is the host's alone.
+    let again = add(&host, json!({"name": "gamma", "cid": 9}));
+    assert_eq!(again.status, 409, "{}", again.body);
 }

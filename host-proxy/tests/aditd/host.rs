@@ -75,6 +75,17 @@ pub struct Answer {
     pub body: String,
 }
 
+impl Answer {
+    /// A refusal is the cause, and in a second line what to do.
+    pub fn assert_cause_and_remedy(&self) {
+        let lines = self.body.strip_suffix('\n').map(|b| b.split('\n'));
+        let lines: Vec<&str> = lines.expect("a line").collect();
+        assert_eq!(lines.len(), 2, "{:?}", self.body);
+        let clean = |line: &&str| !line.is_empty() && !line.contains(char::is_control);
+        assert!(lines.iter().all(clean), "{:?}", self.body);
+    }
+}
+
 impl Host {
     /// Makes the directory, and a socket for each VM. Does not start aditd yet.
     pub fn new(vms: &[(&str, u64)], more: &str) -> (Self, Vec<Port>) {

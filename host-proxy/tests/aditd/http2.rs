@@ -118,11 +118,13 @@ fn r71_a_client_that_gives_up_during_a_dial_cancels_it() {
 
 #[test]
 fn requests_are_made_anew_in_http_1_1_and_answered() {
-    let (host, ports) = Host::serving(&[("a", 3)], "");
+    let digest = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881";
+    let token = format!("[[token]]\nname = \"ci\"\nsha256 = \"{digest}\"\n");
+    let (host, ports) = Host::serving(&[("a", 3)], &token);
     let control = ports[0].connected();
     let client = Client::new(host.proxy());
     let fields = [
-        ("proxy-authorization", "Basic eA=="),
+        ("proxy-authorization", "Bearer x"),
         ("x-own", "1"),
         ("cookie", "a=1"),
         ("cookie", "b=2"),

@@ -58,10 +58,10 @@ fn a_locked_vm_refuses_new_tunnels_with_the_reason_and_the_open_ones_go_on() {
     let (mut client, mut guest) = tunnel(&host, &control);
     lock(&host, "a");
     let answer = refused(&host);
-    let text = format!("VM `a` is locked: {REASON}; ");
+    let text = format!("VM `a` is locked: {REASON}\n");
     assert!(answer.body.starts_with(&text), "{}", answer.body);
     assert!(answer.body.contains("`adit vm unlock`"), "{}", answer.body);
-    assert_eq!(answer.body.lines().count(), 1);
+    assert_eq!(answer.body.lines().count(), 2);
     // The heads of these answers are in small letters.
     let status = "proxy-status: adit; error=destination_unavailable; details=\"vm `a` is locked: ";
     assert!(answer.head.contains(status), "{}", answer.head);

@@ -505,10 +505,11 @@ fn r70_a_host_that_is_not_the_one_that_is_meant_is_not_spoken_to_and_the_log_say
             .reload(|text| text.replace(&before, "") + &section);
         assert_eq!(status["error"], Value::Null, "{status}");
         let answer = alpha.get("b");
-        assert_eq!(answer.status, 404, "{why}: {}", answer.body);
+        // What it has is not known.
+        assert_eq!(answer.status, 503, "{why}: {}", answer.body);
         // Of many lines of a kind in a second there is one.
         alpha.host.until(why, |host| {
-            assert_eq!(alpha.get("b").status, 404, "{why}");
+            assert_eq!(alpha.get("b").status, 503, "{why}");
             host.log().contains(why).then_some(())
         });
         before = section;
@@ -523,6 +524,67 @@ fn r70_a_host_that_is_not_the_one_that_is_meant_is_not_spoken_to_and_the_log_say
     let served = serve(&b);
     assert_eq!(alpha.get("b").status, 200);
     served.join().unwrap();
+}
+
+#[test]
+fn a_vm_that_a_silent_host_may_have_is_not_said_to_be_nowhere_and_nobody_learns_more_than_before() {
+    let sees = grant("\"user:root\"", "\"b\"", "\"see\"");
+    let alpha = Member::new("alpha", &[("a", 3), ("hidden", 4)], &sees);
+    let mut beta = Member::new("beta", &[("b", 3)], &to_alpha("\"reach\", \"see\""));
+    let section = beta.section("");
+    let of_others = beta.section("names = [\"db-*\"]\n");
+    alpha.takes(&section);
+    beta.host.terminate();
+    assert!(beta.host.ended());
+    let head = |answer: &Answer| answer.head.to_lowercase();
+    for name in ["b", "b.beta"] {
+        let answer = alpha.user_get(name);
+        assert_eq!(answer.status, 503, "{name}: {}", answer.body);
+        let said = head(&answer);
+        assert!(said.contains("retry-after: 1") && said.contains("error=destination_unavailable"));
+        assert!(answer.body.contains("`beta`"), "{}", answer.body);
+        assert_eq!(answer.body.lines().count(), 2, "{}", answer.body);
+        let found = alpha.host.api("GET", &format!("/v1/resolve/{name}"), "");
+        assert_eq!(found.status, 503, "{}", found.body);
+        assert!(found.body.contains("silent-host") && found.body.contains("beta"));
+    }
+    // Whoever may not see a name hears of no host, and the same of a VM that is here and of one that is not.
+    let (hidden, none) = (alpha.user_get("hidden"), alpha.user_get("nobody"));
+    assert_eq!((hidden.status, none.status), (503, 503), "{}", hidden.body);
+    assert_eq!(hidden.body.replace("hidden", "nobody"), none.body);
+    let fields = |answer: &Answer| {
+        let lines = answer.head.lines();
+        lines
+            .filter(|line| !line.starts_with("Date:") && !line.starts_with("Content-Length:"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    };
+    assert_eq!(fields(&hidden).replace("hidden", "nobody"), fields(&none));
+    assert!(!hidden.body.contains("beta"), "{}", hidden.body);
+    // What it may not claim, it does not have.
+    let status = alpha.host.reload(|text| text.replace(&section, &of_others));
+    assert_eq!(status["error"], Value::Null, "{status}");
+    assert_eq!(alpha.user_get("b").status, 404);
+}
+
+#[test]
+fn a_vm_that_another_host_has_is_not_on_this_one_and_the_answer_says_where() {
+    let (alpha, _beta) = two(&[("a", 3)], &[("b", 3)], &to_alpha("\"see\""));
+    alpha.host.until("beta answers", |host| {
+        (host.api("GET", "/v1/resolve/b", "").status == 200).then_some(())
+    });
+    let answer = alpha.host.api("GET", "/v1/resolve/b.alpha", "");
+    assert_eq!(answer.status, 404, "{}", answer.body);
+    let said: Value = serde_json::from_str(&answer.body).unwrap();
+    let message = said["message"].as_str().unwrap();
+    assert!(
+        said["code"] == "unknown-vm" && message.contains("`beta`"),
+        "{said}"
+    );
+    // The audit has the host that was meant.
+    assert_eq!(alpha.user_get("b.alpha").status, 404);
+    let lines = audit(&alpha.host, 1);
+    assert_eq!(lines[0]["vm"], "b.alpha", "{lines:?}");
 }
 
 #[test]

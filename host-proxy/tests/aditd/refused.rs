@@ -296,6 +296,16 @@ fn the_operators_upload_that_is_too_large_hears_why() {
     let mut said = Vec::new();
     operator.read_to_end(&mut said).unwrap();
     assert_eq!(Answer::parse(&said).unwrap().status, 413);
-    let metrics = host.tcp("metrics.addr", [127, 0, 0, 1]);
-    assert_eq!(ask(metrics, &request).status, 413);
+    let metrics = || host.tcp("metrics.addr", [127, 0, 0, 1]);
+    assert_eq!(ask(metrics(), &request).status, 413);
+    // A path that is not there is called so there too.
+    let unknown = ask(
+        metrics(),
+        b"GET /v1/vms HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    );
+    assert!(
+        unknown.status == 404 && unknown.body.contains("unknown-path"),
+        "{}",
+        unknown.body
+    );
 }

@@ -39,9 +39,9 @@ again() {
     within 30 answers && echo "SHOW http://$VM/ answers again $1 ($begin .. $(now) s)" || fail "it does not answer $1: $(state)"
 }
 megabyte() { [ "$(curl -sS -m 60 http://$VM/big?mb=1 | wc -c)" = 1048576 ] || fail "a megabyte $1"; }
-# goal STEP SCRIPT: signs a goal for the VM and applies it.
+# goal STEP SCRIPT: signs a goal for the VM and applies it. A step that waits for this script must not be killed on a busy machine.
 goal() {
-    echo "steps: [{id: $1, script: {interpreter: /bin/sh, script: \"$2\"}}]" > /tmp/goal.yaml
+    echo "steps: [{id: $1, script: {interpreter: /bin/sh, timeout_s: 600, script: \"$2\"}}]" > /tmp/goal.yaml
     ( cd /tmp && adit goal apply goal.yaml --sign /etc/fleet.key --to $VM ) || fail "goal"
 }
 running() { adit task ls | grep -q " $1  *1  *started "; }

@@ -257,8 +257,9 @@ fn a_laptop_reaches_vms_of_all_hosts_by_one_and_a_manager_hears_of_all_from_any(
 
 /// What is heard while gamma does not answer.
 fn gone(all: &Hosts) {
+    // It may be there, and asking again may help.
     let (code, said) = all.get("web-c.gamma");
-    assert!([404, 502, 503, 504].contains(&code), "{code}: {said}");
+    assert!([503, 504].contains(&code), "{code}: {said}");
     println!("gamma is gone: {said}");
     for vm in ["web-a", "web-b"] {
         let (code, said) = all.get(vm);

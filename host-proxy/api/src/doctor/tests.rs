@@ -208,3 +208,39 @@ fn a_vm_of_the_hosts_kernel_that_is_not_there_says_how_it_is_started() {
     });
     assert_eq!(names(&found, Health::Failed), ["device"]);
 }
+
+#[test]
+fn what_is_said_of_an_agent_is_never_more_than_what_its_vm_shows() {
+    for (state, says) in [
+        (VmState::Waiting, "no VMM is connected"),
+        (VmState::Down, "no port process"),
+        (VmState::Up, "the guest's driver runs"),
+    ] {
+        let found = with(|vm| {
+            (vm.state, vm.agent, vm.last_seen_ms) = (state, None, None);
+        });
+        let agent = found.iter().find(|f| f.check == "agent").unwrap();
+        assert!(agent.says.contains(says), "{state:?}: {agent:?}");
+    }
+}
+
+#[test]
+fn the_doctor_sends_nobody_to_the_doctor() {
+    let found = with(|vm| {
+        vm.last_dial = Some(LastDial {
+            to: "VM `a` port 80".into(),
+            ms_ago: 1,
+            took_us: 1,
+            refused: Some(Refused {
+                code: "no-session".into(),
+                text: "x".into(),
+                remedy: "try again; `adit doctor` with its name says what is missing".into(),
+            }),
+        });
+    });
+    let dial = found.iter().find(|f| f.check == "last dial").unwrap();
+    assert!(
+        dial.health == Health::Failed && !dial.remedy.contains("doctor"),
+        "{dial:?}"
+    );
+}

@@ -31,6 +31,7 @@ impl DialFailed {
             // Only aditd says these, and it has no use for its own answer.
             | Code::UnknownVm
             | Code::Ambiguous
+            | Code::SilentHost
             | Code::NotAllowed
             | Code::TooOften
             | Code::Locked
@@ -111,6 +112,7 @@ mod tests {
                 | Code::Ambiguous
                 | Code::NotAllowed
                 | Code::TooOften
+                | Code::SilentHost
                 | Code::Locked
                 | Code::Internal => {
                     assert_eq!(arrived.code(), Code::Other(0));

@@ -61,10 +61,19 @@ pub(super) const KEYS: &[Key] = &[
     },
     Key {
         path: "metrics.listen",
-        meaning: "Where metrics are served over TCP. Without the section [metrics] they are served on aditd.sock only.",
+        meaning: "Where metrics are served over TCP. Whoever reaches it sees the names of all VMs, whatever the grants are. Without the \
+                  section [metrics] they are served on aditd.sock only.",
         default: REQUIRED,
         example: "\"127.0.0.1:7081\"",
         kind: Kind::Address,
+    },
+    Key {
+        path: "metrics.open",
+        meaning: "Lets `listen` be an address that other machines reach. They see the names of all VMs, and nobody asks them who they \
+                  are.",
+        default: "false",
+        example: "true",
+        kind: Kind::Flag,
     },
     Key {
         path: "limits.queued_per_vm",
@@ -301,7 +310,7 @@ pub(super) const KEYS: &[Key] = &[
         meaning: "What they may do. `reach`: connect to what the VM's `allow`, `allow_vsock` and `allow_services` have, with ports (or `svc:NAME`) to these of them. \
                   `forward`: connect by a listener that leads to one place of it (`to`), and not by the proxy. `see`: \
                   know that the VM is there; without it, it looks as if it were not. `task`: see its tasks. `goal`: apply goals to it. \
-                  `manage`: change its settings. `exec`: run commands in it as any user of it, `exec:USERS` as these. None implies another.",
+                  `manage`: change its settings. `exec`: run commands in it as any user of it, `exec:USERS` as these. `reach` is by listeners, too; else none implies another.",
         default: REQUIRED,
         example: "[\"reach:80,443\", \"see\"]",
         kind: Kind::Texts {

@@ -126,7 +126,7 @@ async fn named(state: &Arc<State>, asker: Asker<'_>, to: &Destination) -> Found 
         find::Found::Several(_) => Found::Empty,
         find::Found::Here(_) | find::Found::There(_) => Found::Nowhere,
         find::Found::Nowhere(_) => {
-            let have_said = peers.map().have_all_said(&to.vm, at, peers.now_ms());
+            let have_said = find::silent(state, caller, to).is_empty();
             match have_said || !sees_name {
                 true => Found::Nowhere,
                 // A host that does not answer may have it.

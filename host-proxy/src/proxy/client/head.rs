@@ -92,7 +92,8 @@ fn too_long(in_target: bool) -> Problem {
         (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "header")
     };
     let why = format!("the request's {what} is longer than {HEADER_MAX} bytes");
-    Problem::new(status, "http_request_error", why)
+    let remedy = "send fewer and shorter fields: cookies are often the longest";
+    Problem::new(status, "http_request_error", why, remedy)
 }
 
 /// Checks a whole head.
@@ -111,7 +112,8 @@ pub(super) fn check(head: &[u8]) -> Result<Head, Problem> {
         Err(httparse::Error::TooManyHeaders) => {
             let why = format!("a request has at most {FIELDS_MAX} header fields");
             let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
-            return Err(Problem::new(status, "http_request_error", why));
+            let problem = Problem::malformed(why).remedy("send fewer fields");
+            return Err(Problem { status, ..problem });
         }
         Err(_) => {
             return Err(Problem::malformed(
@@ -172,6 +174,7 @@ fn request_line(line: &[u8]) -> Result<(Method, Target, bool), Problem> {
                 StatusCode::HTTP_VERSION_NOT_SUPPORTED,
                 "http_protocol_error",
                 "aditd speaks HTTP/1.1 and HTTP/1.0",
+                "ask in one of these, or in HTTP/2 from the connection's first byte on",
             ));
         }
         _ => {
@@ -282,6 +285,7 @@ fn framing(fields: &[httparse::Header<'_>], http_11: bool) -> Result<Body, Probl
                     StatusCode::NOT_IMPLEMENTED,
                     "http_request_error",
                     "of transfer codings aditd knows `chunked` only",
+                    "send the body `chunked`, or with Content-Length",
                 )),
                 _ => bad("Transfer-Encoding does not end with `chunked`"),
             }

@@ -285,7 +285,8 @@ impl Client {
             } else {
                 StatusCode::REQUEST_TIMEOUT
             };
-            self.refuse(Problem::new(status, "http_request_error", why));
+            let problem = Problem::malformed(why);
+            self.refuse(Problem { status, ..problem });
         }
     }
 

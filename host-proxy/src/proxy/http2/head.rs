@@ -34,7 +34,8 @@ pub(super) fn check(head: &mut Parts, over_tls: bool) -> Result<bool, Problem> {
     if fields.len() > FIELDS_MAX {
         let why = format!("a request has at most {FIELDS_MAX} header fields");
         let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
-        return Err(Problem::new(status, "http_request_error", why));
+        let problem = Problem::malformed(why).remedy("send fewer fields");
+        return Err(Problem { status, ..problem });
     }
     if OF_A_CONNECTION
         .iter()

@@ -11,7 +11,7 @@ use http_body_util::BodyExt as _;
 use super::*;
 use crate::reach::{Destination, dial};
 
-/// Status, error type, `Retry-After` and text of an answer.
+/// Status, error type, `Retry-After` and the line of why of an answer.
 type Heard = (u16, &'static str, Option<u32>, &'static str);
 
 const LATER: Option<u32> = Some(1);
@@ -67,7 +67,14 @@ fn check(problem: &Problem, (status, error, retry_after, text): Heard) {
     assert_eq!(field("retry-after"), seconds.as_deref());
     let body = response.into_body().collect();
     let body = futures_util::FutureExt::now_or_never(body).unwrap();
-    assert_eq!(body.unwrap().to_bytes(), format!("{text}\n"));
+    let remedy = problem.remedy;
+    assert_eq!(
+        body.unwrap().to_bytes(),
+        format!("{text}\n{remedy}\n"),
+        "{problem:?}"
+    );
+    let is_line = !remedy.is_empty() && !remedy.contains(char::is_control);
+    assert!(is_line && !text.contains(remedy), "{problem:?}");
     // The same for a client that is not served.
     let bytes = problem.text();
     assert!(bytes.starts_with(&format!("HTTP/1.1 {status} ")), "{bytes}");
@@ -78,6 +85,54 @@ fn check(problem: &Problem, (status, error, retry_after, text): Heard) {
     );
 }
 
+/// What is to be done about each.
+fn remedy(code: Code) -> &'static str {
+    match code {
+        Code::UnknownVm => {
+            "`adit vm ls` on its host lists the names, and `adit access check` says what a caller may reach"
+        }
+        Code::Ambiguous => {
+            "name the host too: VM.HOST; `adit resolve` says what each of them claims"
+        }
+        Code::SilentHost => {
+            "try again; if it stays so, see that aditd runs on that host: `adit vm ls --all-hosts` says which do not answer"
+        }
+        Code::NotAllowed => {
+            "on the VM's host: `adit access check` says what is missing; `adit vm set` allows a port, a [[grant]] in aditd.toml a caller"
+        }
+        Code::TooOften => {
+            "ask less often, or raise `connections_per_s` of the grant or of the VM in aditd.toml"
+        }
+        Code::Locked => {
+            "wait for whoever locked it, or open it on its host: `adit vm unlock` with its name"
+        }
+        Code::NoPortProcess | Code::NoSession | Code::NoAgent => {
+            "try again in a moment; on the VM's host, `adit doctor` with its name says what is missing"
+        }
+        Code::Internal => "the log of aditd has more: `journalctl -u aditd`",
+        Code::NoListener => "start the program that listens on that vsock port of the guest",
+        Code::NoAnswer | Code::DialTimedOut => {
+            "look into the guest: it took the connection, and its server or its agent does not answer"
+        }
+        Code::Reset => {
+            "try again; the log of its port process, RUN/vm/NAME/port.log, says why it ended"
+        }
+        Code::Foreign => "another program than adit-guest listens on the agent's port in the guest",
+        Code::Version | Code::UnknownService | Code::Other(_) => {
+            "its agent is of another version: give it the next one by package"
+        }
+        Code::Denied => {
+            "the guest's own list or policy forbids it: `allow_ports` and `[[service]]` in adit-guest.toml, policy.toml"
+        }
+        Code::WrongVm => "the guest is enrolled as another VM: `adit vm show` says as which",
+        Code::DialFailed => "start the server in the guest: nobody listens on that port there",
+        Code::Busy => "try again; a limit is reached: `[limits]` in aditd.toml",
+        Code::TooLarge => "the guest takes no file of that size",
+        Code::NoSpace => "make room on the guest's disk",
+        Code::Mismatch => "try again: it goes on where it ended",
+    }
+}
+
 /// What begins with a code here, and what its client hears. No case is left out: the match is over all codes.
 fn walk(code: Code) -> (Problem, Heard) {
     let of_listener = |text: &str| of_guest(Refusal::new(code, text));
@@ -85,17 +140,10 @@ fn walk(code: Code) -> (Problem, Heard) {
     match code {
         Code::UnknownVm => (of_host("x"), (404, "destination_not_found", None, "x")),
         Code::Ambiguous => (of_host("x"), (409, "destination_not_found", None, "x")),
+        Code::SilentHost => (of_host("x"), (503, "destination_unavailable", LATER, "x")),
         Code::NotAllowed => (of_host("x"), (403, "http_request_denied", None, "x")),
         Code::TooOften => (of_host("x"), (429, "connection_limit_reached", LATER, "x")),
-        Code::Locked => (
-            of_host("x"),
-            (
-                503,
-                "destination_unavailable",
-                None,
-                "x; wait for whoever locked it, or open it on its host: `adit vm unlock` with its name",
-            ),
-        ),
+        Code::Locked => (of_host("x"), (503, "destination_unavailable", None, "x")),
         Code::NoPortProcess => (of_host("x"), (503, "destination_unavailable", LATER, "x")),
         Code::Internal => (of_host("x"), (500, "proxy_internal_error", None, "x")),
         Code::NoSession => (
@@ -162,17 +210,12 @@ fn walk(code: Code) -> (Problem, Heard) {
                 502,
                 "connection_refused",
                 None,
-                "VM `a` port 80: only version 1 is spoken; its agent is of another version: give it the next one by package",
+                "VM `a` port 80: only version 1 is spoken",
             ),
         ),
         Code::UnknownService => (
             of_listener("no"),
-            (
-                403,
-                "http_request_denied",
-                None,
-                "VM `a` port 80: no; its agent is of another version: give it the next one by package",
-            ),
+            (403, "http_request_denied", None, "VM `a` port 80: no"),
         ),
         Code::Denied => (
             of_listener("no"),
@@ -217,7 +260,21 @@ fn every_code_reaches_the_client_as_one_answer() {
     for code in Code::ALL {
         let (problem, heard) = walk(code);
         check(&problem, heard);
+        assert_eq!(problem.remedy, remedy(code), "{code}");
     }
+}
+
+/// What is no VM of any host is refused before anybody looks for it: the answer is no other.
+#[test]
+fn a_name_that_no_vm_can_have_and_a_request_that_is_none_have_a_remedy_too() {
+    let suffix = crate::reach::Suffix::default();
+    for (named, status) in [("a_b:80", 404), ("a:99999", 400), ("a:", 400), ("", 400)] {
+        let e = crate::proxy::authority::parse(&suffix, named, None).unwrap_err();
+        let problem = Problem::from(e);
+        assert_eq!(problem.status.as_u16(), status, "{named}: {problem:?}");
+        assert_eq!(problem.remedy, WRITE_A_NAME, "{named}");
+    }
+    assert_eq!(Problem::malformed("x").remedy, WRITE_A_REQUEST);
 }
 
 /// A guest that is busy, and a port process that is, are the same to a client.
@@ -257,11 +314,7 @@ fn every_number_of_a_listener_is_an_answer() {
             _ => 502,
         };
         assert_eq!(problem.status.as_u16(), known, "{status}");
-        let remedy = match status {
-            1 | 2 => format!("; {}", crate::remedy::of(Code::UnknownService)),
-            _ => String::new(),
-        };
-        let text = format!("VM `a` port 80: dial failed{remedy}");
+        let text = "VM `a` port 80: dial failed";
         assert_eq!(problem.detail, text, "{status}");
     }
 }
@@ -282,10 +335,10 @@ fn a_guests_text_is_bounded_and_stays_text() {
     ));
     for problem in [from_guest, from_port] {
         assert!(problem.detail.len() <= adit_channel::refusal::TEXT_MAX);
-        let line = problem.line();
+        let lines = problem.lines();
         assert_eq!(
-            line.chars().filter(|c| c.is_control()).collect::<String>(),
-            "\n"
+            lines.chars().filter(|c| c.is_control()).collect::<String>(),
+            "\n\n"
         );
         let response = problem.response();
         let value = response.headers()["proxy-status"].to_str().unwrap();
@@ -299,6 +352,7 @@ fn details_stay_inside_their_quotes() {
         StatusCode::NOT_FOUND,
         "destination_not_found",
         "a\"b\\c\r\nX: y\u{e9}",
+        "x",
     );
     let value = p.response().headers()["proxy-status"]
         .to_str()
