@@ -90,6 +90,11 @@ impl Failure {
         self
     }
 
+    /// The exit status.
+    pub fn status(&self) -> u8 {
+        self.exit
+    }
+
     /// Whether there was no stream to what was asked, or it broke off.
     pub fn is_of_the_way(&self) -> bool {
         let code = self.code.as_str();

@@ -37,7 +37,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use error::Failure;
 use server::Which;
@@ -60,6 +60,7 @@ Examples:
   ssh root@web-1.adit                              # by `adit connect`, see its --help
   adit forward web-1 8443:443
   adit exec web-1 -- uname -a                      # where the guest's owner allows it
+  adit shell web-1
   adit --server https://host-a:7443 --ca hosts.crt --cert me.crt --key me.key proxy
   adit --server https://host-a:7443 --ca hosts.crt --token-file ops.token vm ls
 
@@ -128,6 +129,7 @@ enum Command {
     /// Wait until a VM is ready
     Wait(vm::Wait),
     Exec(exec::Exec),
+    Shell(exec::Shell),
     Ps(exec::Ps),
     Attach(exec::Attach),
     Kill(exec::Kill),
@@ -164,13 +166,35 @@ fn asks_for_json(words: impl Iterator<Item = OsString>) -> bool {
     words.iter().any(is_whole) || words.windows(2).any(is_pair)
 }
 
+/// Whether a command line, also a wrong one, is of a command whose exit status is a program's in the guest: ours must be told from that.
+fn passes_a_status_on(words: impl Iterator<Item = OsString>) -> bool {
+    let command = Cli::command().ignore_errors(true);
+    let matches = command.try_get_matches_from(words);
+    matches.is_ok_and(|matches| {
+        let name = matches.subcommand_name().unwrap_or_default();
+        ["exec", "shell", "attach"].contains(&name)
+    })
+}
+
 /// Does what the command line says.
 pub fn main() -> ExitCode {
     if let Some(done) = completion::asked() {
         return done;
     }
     let wrong = |e: &clap::Error| {
-        asks_for_json(std::env::args_os().skip(1)).then(|| error::report(&e.into(), Format::Json))
+        let mut failure = Failure::from(e);
+        let passes_on = passes_a_status_on(std::env::args_os());
+        if passes_on {
+            failure = failure.with_status(exec::OWN);
+        }
+        if asks_for_json(std::env::args_os().skip(1)) {
+            return Some(error::report(&failure, Format::Json));
+        }
+        // Whoever cannot read what is wrong is told by the status.
+        passes_on.then(|| {
+            let _ = e.print();
+            ExitCode::from(failure.status())
+        })
     };
     let cli = match adit_print::parse_or::<Cli>("adit", wrong) {
         Ok(cli) => cli,
@@ -214,6 +238,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Agent(command) => agent::run(command, &client()?, format).await?,
         Command::Access(command) => access::run(command, &client()?, format).await?,
         Command::Exec(command) => return exec::run(command, &client()?, format).await,
+        Command::Shell(command) => return exec::shell(command, &client()?).await,
         Command::Ps(command) => exec::ps(command, &client()?, format).await?,
         Command::Attach(command) => return exec::attach(command, &client()?, format).await,
         Command::Kill(command) => exec::kill(command, &client()?, format).await?,
@@ -255,6 +280,24 @@ mod tests {
         let json = asks_for_json(words().skip(1).map(OsString::from));
         let e = Cli::try_parse_from(words()).err().unwrap();
         (json, serde_json::to_value(Failure::from(&e)).unwrap())
+    }
+
+    #[test]
+    fn a_wrong_command_line_of_a_program_in_a_guest_is_told_from_the_programs_status() {
+        for (line, passes_on) in [
+            ("adit exec --bogus web-1 -- true", true),
+            ("adit --socket exec vm ls --bogus", false),
+            ("adit --socket x -o json exec web-1", true),
+            ("adit shell", true),
+            ("adit attach nothing", true),
+            ("adit vm ls exec", false),
+            // It may have a value, so nobody can say what the command is.
+            ("adit --bogus exec web-1 -- true", false),
+            ("adit", false),
+        ] {
+            let words = line.split_whitespace().map(OsString::from);
+            assert_eq!(passes_a_status_on(words), passes_on, "{line}");
+        }
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! | off | size | field |
 //! |---|---|---|
 //! | 0 | 1 | version, 1 |
-//! | 1 | 1 | what: 1 run, 2 attach, 3 list, 4 end |
-//! | 2 | 1 | length of the user's name, 0: any user, which only run does not take |
+//! | 1 | 1 | what: 1 run, 2 attach, 3 list, 4 end, 5 shell |
+//! | 2 | 1 | length of the user's name, 0: any user, which run and shell do not take |
 //! | 3 | 1 | signal of 4; 0: end it with all that it has started |
 //! | 4 | .. | the user's name, then the program (run) or the session's id (attach, end) |
 //!
@@ -31,6 +31,8 @@ pub struct Asked {
 pub enum What {
     /// A command whose first element is this.
     Run(String),
+    /// The user's login shell, which the guest knows.
+    Shell,
     /// The session of this id.
     Attach(String),
     /// All sessions.
@@ -50,10 +52,12 @@ impl Asked {
         let user = self.user.as_deref().unwrap_or_default();
         let (kind, signal, what) = match &self.what {
             What::Run(program) if user.is_empty() || program.is_empty() => return None,
+            What::Shell if user.is_empty() => return None,
             What::Run(program) => (1, 0, program.as_str()),
             What::Attach(id) => (2, 0, id.as_str()),
             What::List => (3, 0, ""),
             What::End { id, signal } => (4, *signal, id.as_str()),
+            What::Shell => (5, 0, ""),
         };
         if user.len() > USER_MAX || what.len() > WHAT_MAX {
             return None;
@@ -80,6 +84,7 @@ impl Asked {
                 (2, 0) => What::Attach(what),
                 (3, 0) if what.is_empty() => What::List,
                 (4, signal) => What::End { id: what, signal },
+                (5, 0) if what.is_empty() => What::Shell,
                 _ => return None,
             },
         };
@@ -109,6 +114,7 @@ mod tests {
                 b"\x01\x02\x03\x00ops3fa9",
             ),
             (asked(None, What::List), b"\x01\x03\x00\x00"),
+            (asked(Some("ops"), What::Shell), b"\x01\x05\x03\x00ops"),
             (
                 asked(
                     None,
@@ -132,11 +138,13 @@ mod tests {
             b"\x01\x01\x04",
             // Another version; a kind that there is not; a signal to what takes none.
             b"\x02\x01\x04\x00rootls",
+            b"\x01\x06\x04\x00rootls",
             b"\x01\x05\x04\x00rootls",
             b"\x01\x01\x04\x09rootls",
             // A command of no user, or none.
             b"\x01\x01\x00\x00ls",
             b"\x01\x01\x04\x00root",
+            b"\x01\x05\x00\x00",
             // The user is longer than all there is.
             b"\x01\x01\x09\x00rootls",
             b"\x01\x03\x00\x00x",

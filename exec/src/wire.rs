@@ -82,7 +82,7 @@ pub mod refusal {
 /// A command.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Open {
-    /// Program and arguments, element by element: no shell reads them.
+    /// Program and arguments, element by element: no shell reads them. None for the user's login shell.
     pub argv: Vec<Vec<u8>>,
     /// Variables beside those that every session has.
     pub env: Vec<(Vec<u8>, Vec<u8>)>,
@@ -306,14 +306,22 @@ impl Open {
     /// # Errors
     /// It cannot be a command.
     pub fn check(&self) -> Result<(), OpenError> {
+        match self.argv.first().is_none_or(Vec::is_empty) {
+            true => Err(OpenError::NoProgram),
+            false => self.check_shell(),
+        }
+    }
+
+    /// The same of a login shell, which has no elements of the client's.
+    ///
+    /// # Errors
+    /// It cannot be one.
+    pub fn check_shell(&self) -> Result<(), OpenError> {
         let of_env = self.env.iter().flat_map(|(name, value)| [name, value]);
         let texts = self.argv.iter().chain(of_env);
         let bytes: usize = texts.clone().map(|text| text.len() + 1).sum();
         if self.argv.len() > ARGV_MAX || self.env.len() > ENV_MAX || bytes > ARGV_BYTES_MAX {
             return Err(OpenError::TooMuch);
-        }
-        if self.argv.first().is_none_or(Vec::is_empty) {
-            return Err(OpenError::NoProgram);
         }
         if texts.clone().chain([&self.cwd]).any(|t| t.contains(&0)) {
             return Err(OpenError::Nul);

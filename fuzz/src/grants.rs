@@ -6,9 +6,9 @@
 
 use std::collections::BTreeMap;
 
-use adit_host_proxy::access::vms::Vms;
 use adit_host_proxy::access::{Access, Caller, Grant, Grants, May, Subject, Verb, VmView};
 use adit_port::control::Target;
+use adit_tasks::vms::Vms;
 
 /// The time of all decisions.
 const NOW_MS: i64 = 1000;

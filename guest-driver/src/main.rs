@@ -105,9 +105,9 @@ enum Cmd {
         #[arg(long, default_value = DEFAULT_PATH)]
         config: PathBuf,
     },
-    /// Hold the session of a command: the agent starts it.
+    /// Start sessions of commands, for the agent.
     #[command(hide = true)]
-    ExecSession,
+    ExecSessions,
     /// Read a whole journal once.
     #[command(hide = true)]
     JournalCheck {
@@ -162,7 +162,7 @@ fn main() -> ExitCode {
         Cmd::Policy { command } => return policy(&command),
         Cmd::OnTrial { config } => return ExitCode::from(u8::from(!begin::is_on_trial(&config))),
         Cmd::Version => print(&format!("adit-guest {}\n", program::version())),
-        Cmd::ExecSession => session::run().map_err(Into::into),
+        Cmd::ExecSessions => session::fork_server::serve().map_err(Into::into),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
     match done {

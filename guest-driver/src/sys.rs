@@ -65,33 +65,136 @@ pub struct ChildSetup {
 /// # Errors
 /// Any step before or at exec; nothing runs then.
 pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
-    let enter = move || -> io::Result<()> {
-        nix::unistd::setsid()?;
-        if let Some(procs) = &setup.cgroup {
-            nix::unistd::write(procs, b"0")?;
-        }
-        restore(&setup.inherited)?;
-        close_inherited();
-        default_signals();
-        nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
-        if let Some((groups, gid, uid)) = &setup.user {
-            nix::unistd::setgroups(groups)?;
-            nix::unistd::setgid(*gid)?;
-            nix::unistd::setuid(*uid)?;
-        }
-        nix::unistd::chdir(setup.cwd.as_c_str())?;
-        if setup.tty {
-            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-        }
-        if setup.dies_with_parent {
-            // Behind the change of the user, which would undo it.
-            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-        }
-        Ok(())
-    };
     // SAFETY: between fork and exec the closure makes only async-signal-safe system calls: it neither allocates (paths
     // are C strings, groups a ready vector) nor takes a lock.
-    unsafe { command.pre_exec(enter) }.spawn()
+    unsafe { command.pre_exec(move || enter(&setup)) }.spawn()
+}
+
+fn enter(setup: &ChildSetup) -> io::Result<()> {
+    nix::unistd::setsid()?;
+    if let Some(procs) = &setup.cgroup {
+        nix::unistd::write(procs, b"0")?;
+    }
+    restore(&setup.inherited)?;
+    close_inherited();
+    default_signals();
+    nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
+    if let Some((groups, gid, uid)) = &setup.user {
+        nix::unistd::setgroups(groups)?;
+        nix::unistd::setgid(*gid)?;
+        nix::unistd::setuid(*uid)?;
+    }
+    nix::unistd::chdir(setup.cwd.as_c_str())?;
+    if setup.tty {
+        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+    }
+    if setup.dies_with_parent {
+        // Behind the change of the user, which would undo it.
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    }
+    Ok(())
+}
+
+/// This process had one thread, and starts none as long as this is used: a child of it may do whatever this process may.
+#[derive(Debug)]
+pub struct Alone(());
+
+impl Alone {
+    /// Looks.
+    ///
+    /// # Errors
+    /// There are other threads.
+    pub fn now() -> io::Result<Self> {
+        match std::fs::read_dir("/proc/self/task")?.count() {
+            1 => Ok(Self(())),
+            n => Err(io::Error::other(format!("{n} threads are there"))),
+        }
+    }
+}
+
+/// Makes a copy of this process. None: this is the copy.
+///
+/// # Errors
+/// There is no room for one.
+pub fn fork(_: &Alone) -> io::Result<Option<i32>> {
+    // SAFETY: no other thread can have held a lock that the copy needs.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { child } => Ok(Some(child.as_raw())),
+        nix::unistd::ForkResult::Child => Ok(None),
+    }
+}
+
+/// As [`spawn`], for a child that begins in the cgroup with this directory: one that is moved there waits for a grace period of the kernel.
+/// Returns its pid. Kernels before 5.7, and filters that do not know the call, have it moved by `setup`.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_in(
+    command: &mut Command,
+    mut setup: ChildSetup,
+    cgroup: BorrowedFd<'_>,
+    _: &Alone,
+) -> io::Result<i32> {
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    /// `struct clone_args` of the kernel.
+    #[repr(C)]
+    #[derive(Default)]
+    struct CloneArgs {
+        flags: u64,
+        pidfd: u64,
+        child_tid: u64,
+        parent_tid: u64,
+        exit_signal: u64,
+        stack: u64,
+        stack_size: u64,
+        tls: u64,
+        set_tid: u64,
+        set_tid_size: u64,
+        cgroup: u64,
+    }
+    let args = CloneArgs {
+        flags: CLONE_INTO_CGROUP,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..CloneArgs::default()
+    };
+    let (mut failed, tell) = io::pipe()?;
+    // SAFETY: without CLONE_VM the child has a copy of all memory, and goes on here, as after a fork; no other thread can have held a lock
+    // that it needs. The kernel reads `args` for the call only.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<CloneArgs>()) };
+    match pid {
+        0 => {
+            drop(failed);
+            // It is there already.
+            setup.cgroup = None;
+            // SAFETY: as in `spawn`, and this child may allocate, too.
+            let e = unsafe { command.pre_exec(move || enter(&setup)) }.exec();
+            let number = e.raw_os_error().unwrap_or(libc::EINVAL);
+            let _ = nix::unistd::write(&tell, &number.to_le_bytes());
+            // SAFETY: nothing of the parent's is to be run or flushed.
+            unsafe { libc::_exit(127) }
+        }
+        -1 => Ok(spawn(command, setup)?.id().cast_signed()),
+        pid => {
+            drop(tell);
+            let mut number = [0; 4];
+            let pid = pid as i32;
+            match io::Read::read_exact(&mut failed, &mut number) {
+                // It has become its program.
+                Err(_) => Ok(pid),
+                Ok(()) => {
+                    let _ = nix::sys::wait::waitpid(Pid::from_raw(pid), None);
+                    Err(io::Error::from_raw_os_error(i32::from_le_bytes(number)))
+                }
+            }
+        }
+    }
+}
+
+/// Has a signal do nothing.
+pub fn ignore_signal(signal: Signal) {
+    // SAFETY: SIG_IGN installs no code of ours.
+    unsafe { libc::signal(signal as libc::c_int, libc::SIG_IGN) };
 }
 
 /// Undoes in the child what the agent has set for itself: still as root, since the child's user may not be allowed to. If

@@ -70,6 +70,10 @@ pub async fn converse(
     if vm.channel.is_foreign() {
         vm.agent.knows_chunks(features & wire::CHUNKS != 0);
         give_key(vm, features, &mut writer).await?;
+        if vm.channel.hybrid().is_some_and(|h| h.half_closes) {
+            let vm = vm.clone();
+            tokio::spawn(async move { keyed::try_half_closes(&vm).await });
+        }
     }
     let (to, frames) = mpsc::channel(AHEAD_MAX);
     // Not a task of its own: it would outlive this future, which is dropped when a newer connection replaces this one (R106).

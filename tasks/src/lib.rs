@@ -17,6 +17,7 @@
 //! | `plan` | goal and VM → tasks with derived ids |
 //! | `principal` | whom a file is to belong to |
 //! | `plain` | what a parser says, in plain words |
+//! | `vms` | some VMs, as a grant or a command line names them |
 //! | `window` | which goals of a key a guest has admitted |
 //! | `admit` | what a guest checks before it does anything |
 //! | `recent` | the envelopes that both ends of a stream have |
@@ -41,6 +42,7 @@ pub mod plan;
 mod principal;
 pub mod recent;
 pub mod trust;
+pub mod vms;
 pub mod window;
 pub mod wire;
 

@@ -39,17 +39,18 @@ pub fn start_with(vm: &Path, ports: &[u16], services: &str) -> anyhow::Result<()
     begin(vm, ports, services, |_| Ok(()))
 }
 
-/// The same without ports, for commands: sessions are processes of `program`, found in `run_dir`, and this policy decides.
+/// The same for commands, too: sessions are processes of `program`, found in `run_dir`, and this policy decides.
 ///
 /// # Errors
 /// As [`start`], or the agent would not take the policy.
 pub fn start_running(
     vm: &Path,
+    ports: &[u16],
     program: &Path,
     run_dir: &Path,
     policy: &str,
 ) -> anyhow::Result<()> {
-    begin(vm, &[], "", |server| {
+    begin(vm, ports, "", |server| {
         let text = parse::parse(policy.as_bytes());
         let text = text.map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
         server.runs(Exec::new(program, run_dir)?);

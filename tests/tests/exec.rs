@@ -31,7 +31,14 @@ fn an_agent() {
     };
     let path = |name| PathBuf::from(std::env::var_os(name).unwrap());
     let policy = std::env::var("POLICY").unwrap();
-    agent::start_running(vm.as_ref(), &path("PROGRAM"), &path("RUN_DIR"), &policy).unwrap();
+    agent::start_running(
+        vm.as_ref(),
+        &[],
+        &path("PROGRAM"),
+        &path("RUN_DIR"),
+        &policy,
+    )
+    .unwrap();
     loop {
         std::thread::park();
     }
@@ -46,6 +53,11 @@ struct Setup {
 
 /// A host whose VM `a` has an agent with this policy; `more`: sections of aditd.toml.
 fn setup(policy: &str, more: &str) -> Option<Setup> {
+    setup_with(policy, "", more)
+}
+
+/// The same; `of_vm`: more keys of VM `a`, and `more` comes behind it.
+fn setup_with(policy: &str, of_vm: &str, more: &str) -> Option<Setup> {
     let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
         println!(
             "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
@@ -53,7 +65,7 @@ fn setup(policy: &str, more: &str) -> Option<Setup> {
         return None;
     };
     let config = format!(
-        "[proxy]\nlisten = \"127.0.0.1:0\"\n[audit]\nallows = true\n{more}\n[[vm]]\nname = \"a\"\ncid = 3\n"
+        "[proxy]\nlisten = \"127.0.0.1:0\"\n[audit]\nallows = true\n[[vm]]\nname = \"a\"\ncid = 3\n{of_vm}{more}"
     );
     let host = Host::start_configured(&bins, &config).unwrap();
     let run = tempfile::tempdir().unwrap();
@@ -352,6 +364,130 @@ fn a_terminal_is_the_commands_and_is_as_before_afterwards() {
     child.wait().unwrap();
     // Without a terminal of ours there is none to give.
     assert_eq!(status(&setup.exec(&["-t", "a", "--", "true"])), 125);
+}
+
+/// A login shell, left by `~.`: the terminal is as before, and the shell and what it has started end.
+#[test]
+fn a_shell_is_left_by_an_escape_and_ends() {
+    let Some(setup) = setup(ANY, "") else { return };
+    let line = format!(
+        "{} shell a; echo \"status $?\"; stty -a | tr ';' '\\n' | grep -c -w -e icanon -e echo",
+        setup.bins.join("adit").display()
+    );
+    let mut command = Command::new("script");
+    command
+        .args(["-q", "-c", &line, "/dev/null"])
+        .env("ADIT_SOCKET", setup.socket())
+        .env("SHELL", "/bin/sh")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    stdin
+        .write_all(b"PS1=; stty -echo; echo pid=$$ in=$0\r")
+        .unwrap();
+    let mut all = String::new();
+    while !all.contains("in=-") {
+        let n = stdout.read_line(&mut all).unwrap();
+        assert!(n > 0, "{all}");
+    }
+    let pid = all.rsplit("pid=").next().unwrap();
+    let shell = Path::new("/proc").join(pid.split(' ').next().unwrap());
+    assert!(shell.exists(), "{all}");
+    stdin.write_all(b"~.").unwrap();
+    stdout.read_to_string(&mut all).unwrap();
+    assert!(all.contains("status 255\r\n"), "{all}");
+    assert!(!all.trim_end().ends_with("\n0"), "{all}");
+    child.wait().unwrap();
+    wait_for("the shell has ended", LIMIT, || {
+        Ok((!shell.exists()).then_some(()))
+    })
+    .unwrap();
+    // Without a terminal there is nobody to type.
+    let out = setup.adit(&["shell", "a"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(status(&out) == 125 && said.contains("adit exec"), "{said}");
+}
+
+/// One command in many VMs: those without a guest are told apart, and the lines of the others come whole.
+#[test]
+fn a_command_runs_in_all_vms_of_a_label() {
+    let more = "[[vm]]\nname = \"b\"\ncid = 4\nlabels = { tier = \"web\" }\n[[vm]]\nname = \"c\"\ncid = 5\n";
+    let Some(setup) = setup_with(ANY, "labels = { tier = \"web\" }\n", more) else {
+        return;
+    };
+    let script = "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done; echo bad >&2; printf end; exit 3";
+    let web = ["--all", "label:tier=web", "--"];
+    let out = setup.exec(&[&web[..], &["sh", "-c", script]].concat());
+    // b has no guest: 255 is the highest.
+    assert_eq!(status(&out), 255, "{out:?}");
+    let mut want: String = (0..2000).map(|i| format!("a: line {i}\n")).collect();
+    want.push_str("a: end\n");
+    assert!(out.stdout == want.as_bytes());
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(said.starts_with("a: bad\n"), "{said}");
+    assert!(said.contains("\na: status 3\nb: error["), "{said}");
+    assert!(said.ends_with("2 of 2 VMs: not status 0\n"), "{said}");
+    let out = setup.exec(&["--all", "a*", "--", "echo", "hi"]);
+    assert_eq!((status(&out), &out.stdout[..]), (0, &b"a: hi\n"[..]));
+    let out = setup.exec(&[
+        "-o",
+        "json",
+        "--all",
+        "*",
+        "--",
+        "sh",
+        "-c",
+        "echo hi; exit 4",
+    ]);
+    let all: Vec<serde_json::Value> = out
+        .stdout
+        .split(|b| *b == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_slice(line).unwrap())
+        .collect();
+    let line = serde_json::json!({ "vm": "a", "stream": "stdout", "line": "hi" });
+    let end = serde_json::json!({ "vm": "a", "status": 4 });
+    assert!(all.contains(&line) && all.contains(&end), "{all:?}");
+    let failed = |vm: &str| {
+        let is = |v: &&serde_json::Value| v["vm"] == vm && v["status"] == 255;
+        all.iter().filter(is).count()
+    };
+    assert_eq!((failed("b"), failed("c"), all.len()), (1, 1, 4), "{all:?}");
+    // Nobody is named; and what makes no sense with many.
+    let out = setup.exec(&["--all", "label:tier=db", "--", "true"]);
+    assert!(String::from_utf8_lossy(&out.stderr).contains("label:tier=db"));
+    assert_eq!(status(&out), 125);
+    assert_eq!(status(&setup.exec(&["-i", "--all", "*", "--", "cat"])), 125);
+    // Ctrl-C goes to those that run, and no other is begun.
+    let script = "trap 'echo got; exit 5' INT; echo ready; while :; do sleep 0.02; done";
+    let args = [
+        "exec",
+        "--parallel",
+        "1",
+        "--all",
+        "*",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let mut child = setup.spawn(&args);
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut all = String::new();
+    stdout.read_line(&mut all).unwrap();
+    signal(&child, Signal::SIGINT);
+    stdout.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "a: ready\na: got\n");
+    let out = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(status(&out), 130, "{said}");
+    assert_eq!(said.matches("was not begun").count(), 2, "{said}");
+    // One who reads no more ends them.
+    let mut child = setup.spawn(&["exec", "--all", "a", "--", "yes"]);
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(141));
 }
 
 #[test]

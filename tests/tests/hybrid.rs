@@ -57,8 +57,12 @@ impl World {
 
     /// With a server of the guest on this port.
     fn serving(bins: &std::path::Path, kind: Kind, port: u16) -> Self {
+        Self::said_to(bins, kind == Kind::Keeps, port)
+    }
+
+    /// `half_closes`: what the configuration says of the VMM.
+    fn said_to(bins: &std::path::Path, half_closes: bool, port: u16) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let half_closes = kind == Kind::Keeps;
         let config = format!(
             "[proxy]\nlisten = \"127.0.0.1:0\"\n[[grant]]\nto = [\"anyone\"]\nvms = [\"*\"]\nmay = [\"reach\", \"see\"]\n\
              [[vm]]\nname = \"a\"\ncid = 3\nallow = [{port}]\nallow_vsock = [5]\n\
@@ -168,6 +172,27 @@ fn a_vm_with_a_socket_for_each_stream_is_served_as_it_is() {
         assert_eq!(rest, b"last");
         let why = world.show()["carrier"]["why"].to_string();
         assert_eq!(why.contains("chunks carry"), kind == Kind::Closes, "{why}");
+    }
+}
+
+#[test]
+fn what_is_said_of_the_vmms_half_closes_is_tried_when_the_agent_comes() {
+    let Some(bins) = bins() else { return };
+    for (kind, says) in [
+        (Kind::Closes, "does not pass half-closes on"),
+        (Kind::Keeps, "as was tried"),
+    ] {
+        let world = World::said_to(&bins, true, echo());
+        let vmm = world.vmm(kind);
+        let _agent = world.agent(&vmm);
+        let shown = wait_for(says, SOON, || {
+            let vm = world.show();
+            let said = format!("{} {}", vm["carrier"]["why"], vm["fault"]);
+            Ok(said.contains(says).then_some(said))
+        });
+        shown.unwrap_or_else(|e| panic!("{kind:?}: {e:#}\n{}\n{}", world.show(), world.host.log()));
+        let is_fault = world.show()["faults"].to_string().contains("carrier");
+        assert_eq!(is_fault, kind == Kind::Closes, "{}", world.show());
     }
 }
 

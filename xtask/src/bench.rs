@@ -26,6 +26,8 @@ enum Name {
     RingGuest,
     /// aditd's proxy to an agent on a ring; haproxy, nginx, socat and tinyproxy
     Proxy,
+    /// Commands in a VM; the same started here
+    Exec,
     /// adit-vmm and QEMU's microvm
     Vmm,
 }
@@ -38,7 +40,7 @@ pub struct Options {
     /// One JSON object a line for each figure
     #[arg(long)]
     json: bool,
-    /// Only cells whose name contains this (proxy)
+    /// Only cells whose name contains this (proxy, exec)
     #[arg(long)]
     only: Option<String>,
 }
@@ -55,6 +57,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
         Name::Carrier => carrier(&own),
         Name::RingGuest => ring_guest(&own),
         Name::Proxy => proxy(&own, options.only.as_deref()),
+        Name::Exec => exec(&own, options.only.as_deref()),
         Name::Vmm => bench_vmm::run(options.json).map(|()| true),
     }
 }
@@ -119,6 +122,18 @@ fn proxy(own: &[&str], only: Option<&str>) -> anyhow::Result<bool> {
     let binaries = setup::host_binaries(true)?.display().to_string();
     let only: Vec<&str> = only.into_iter().flat_map(|only| ["--only", only]).collect();
     bench("proxy", &[own, &["--binaries", &binaries], &only].concat())?;
+    Ok(true)
+}
+
+/// Commands, with an agent as a process.
+fn exec(own: &[&str], only: Option<&str>) -> anyhow::Result<bool> {
+    setup::run()?;
+    setup::guest_binaries()?;
+    let binaries = setup::host_binaries(true)?.display().to_string();
+    let program = adit_tests::guest_bin("adit-guest").display().to_string();
+    let only: Vec<&str> = only.into_iter().flat_map(|only| ["--only", only]).collect();
+    let args = ["--binaries", &binaries, "--program", &program];
+    bench("exec", &[own, &args, &only].concat())?;
     Ok(true)
 }
 

@@ -175,6 +175,8 @@ fn tunnel(way: Way) -> (UnixStream, UnixStream, Running) {
     });
     let stream = handle.dialer().dial(&target(way), LIMIT).expect("a stream");
     let (client, sink) = UnixStream::pair().expect("sockets");
+    // As aditd's are: only such ones are worth a pipe.
+    sink.set_nonblocking(true).expect("a socket");
     stream.splice(OwnedFd::from(sink));
     let vmm = vmm.join().expect("the VMM's end");
     (client, vmm, Running::Shard(running))

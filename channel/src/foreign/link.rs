@@ -31,7 +31,7 @@ pub(super) enum Phase {
     /// The door dials, with this ticket.
     Dialing(u32),
     /// `CONNECT` was sent.
-    Asked(Answer),
+    Asked(Box<Answer>),
     /// The engine must be told that the guest has accepted.
     Accepted,
     /// The guest has dialled; whether the engine was told.
@@ -55,7 +55,7 @@ pub(super) struct Link {
     /// The engine gets a reset, and the link ends.
     pub(super) broken: bool,
     /// Bytes of the guest that came right behind the VMM's answer.
-    early: VecDeque<u8>,
+    early: Vec<u8>,
     /// Bytes for the guest that the socket has not accepted yet.
     waiting: VecDeque<u8>,
     /// The engine's credit for us: its buffer, what it has taken, and what was sent to it. They wrap.
@@ -106,7 +106,7 @@ impl Link {
             watched: EpollFlags::empty(),
             queued: false,
             broken: false,
-            early: VecDeque::new(),
+            early: Vec::new(),
             waiting: VecDeque::new(),
             buf_alloc: 0,
             fwd_cnt: 0,

@@ -336,7 +336,7 @@ impl<D: Door> Foreign<D> {
                 DoorNews::Dialed { ticket, socket } => {
                     if let Some(index) = self.dialed(ticket) {
                         if let Some(Some(link)) = self.links.get_mut(index) {
-                            link.phase = Phase::Asked(connect::Answer::default());
+                            link.phase = Phase::Asked(Box::default());
                         }
                         if !self.connect(index, socket) {
                             self.give_up(index);

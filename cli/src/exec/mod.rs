@@ -1,17 +1,21 @@
-//! `adit exec`, `ps`, `attach` and `kill`: commands in a VM.
+//! `adit exec`, `shell`, `ps`, `attach` and `kill`: commands in a VM.
 //!
 //! `stream` has the connection and what is said on it, `terminal` this side's terminal, `files` standard input and output, each on a thread
-//! of its own: they may block for as long as they like, and a signal is forwarded meanwhile.
+//! of its own: they may block for as long as they like, and a signal is forwarded meanwhile. `all` runs a command in many VMs.
 
+mod all;
 mod files;
 mod sessions;
+mod shell;
 mod stream;
 mod terminal;
+mod typed;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use adit_exec::{Open, ToGuest, What};
+use adit_tasks::vms::Vms;
 use clap::Args;
 
 use crate::client::Client;
@@ -21,10 +25,11 @@ use crate::output::{self, duration};
 use crate::text::Format;
 
 pub use sessions::{Attach, Kill, Ps, attach, kill, ps};
+pub use shell::{Shell, shell};
 use stream::{Carries, Ended, Signals};
 
 /// adit itself failed.
-const OWN: u8 = 125;
+pub const OWN: u8 = 125;
 /// There is no way to the guest, or it broke off.
 const WAY: u8 = 255;
 
@@ -36,6 +41,7 @@ Examples:
   adit exec web-1 --user deploy --env CI=1 --cwd /srv --timeout 10m -- ./deploy.sh
   adit exec -t web-1 -- top
   id=$(adit exec --detach web-1 -- make -C /srv) && adit attach $id
+  adit exec --all label:tier=web -- systemctl is-active nginx
 
 The command is elements, not a line: no shell reads it, on either side. It gets PATH, HOME, USER, LOGNAME, SHELL and LANG of
 its user, what --env says, and nothing of this side. Without -i it has no input.
@@ -52,7 +58,12 @@ started end, too, unless --detach says that it goes on. What it leaves in the ba
 made themselves a session of their own (`setsid`).
 
 Exit status: that of the command; 128 + N where signal N ended it; 124 its time was over; 125 adit or aditd refused;
-126 the program cannot be run; 127 there is no such program; 255 the guest was not reached, or the connection broke off.";
+126 the program cannot be run; 127 there is no such program; 255 the guest was not reached, or the connection broke off.
+Of --all: 0 where it was 0 in every VM, else the highest of them.
+
+With --all lines come as they are written, each with its VM's name in front, and at the end one line for each VM whose status is
+not 0. With -o json each is an object: {\"vm\", \"stream\", \"line\"}, and at the end of a VM {\"vm\", \"status\"}, with an \"error\"
+where it was not run.";
 
 /// Run a command in a VM, with its input, output and exit status here
 ///
@@ -81,9 +92,15 @@ pub struct Exec {
     /// Print its id, and let it go on without us: `adit attach` shows what it writes
     #[arg(long, conflicts_with = "interactive")]
     detach: bool,
+    /// Run it in all of this host's VMs that this names: `label:NAME=VALUE`, or a name with one `*`
+    #[arg(long, value_name = "VMS", conflicts_with_all = ["vm", "interactive", "tty", "detach"])]
+    all: Option<Vms>,
+    /// In so many of them at once
+    #[arg(long, value_name = "N", default_value = "16", requires = "all", value_parser = clap::value_parser!(u16).range(1..=256))]
+    parallel: u16,
     /// Name of the VM
-    #[arg(add = completion::vms())]
-    vm: String,
+    #[arg(add = completion::vms(), required_unless_present = "all")]
+    vm: Option<String>,
     /// Program and arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<std::ffi::OsString>,
@@ -101,6 +118,15 @@ fn ours(failure: Failure) -> Failure {
         _ if failure.is_of_the_way() => failure.with_status(WAY),
         _ => failure.with_status(OWN),
     }
+}
+
+/// With the terminal's kind, if nothing is said of it.
+fn with_term(mut env: Variables) -> Variables {
+    if !env.iter().any(|(name, _)| name == b"TERM") {
+        let term = std::env::var("TERM").unwrap_or_else(|_| "dumb".into());
+        env.push((b"TERM".to_vec(), term.into_bytes()));
+    }
+    env
 }
 
 /// Names and values.
@@ -144,9 +170,8 @@ async fn run_it(exec: &Exec, client: &Client, format: Format) -> Result<ExitCode
         // Nobody looks at it yet.
         false => exec.tty.then_some(adit_exec::Size { rows: 24, cols: 80 }),
     };
-    if tty.is_some() && !env.iter().any(|(name, _)| name == b"TERM") {
-        let term = std::env::var("TERM").unwrap_or_else(|_| "dumb".into());
-        env.push((b"TERM".to_vec(), term.into_bytes()));
+    if tty.is_some() {
+        env = with_term(env);
     }
     let timeout = exec
         .timeout
@@ -163,11 +188,20 @@ async fn run_it(exec: &Exec, client: &Client, format: Format) -> Result<ExitCode
     open.check()
         .map_err(|e| usage(format!("the command cannot be run: {e}")))?;
     let what = What::Run(program.to_owned());
-    let mut stream = stream::open(client, &exec.vm, Some(&exec.user), &what).await?;
+    let vm = match (&exec.vm, &exec.all) {
+        (Some(vm), _) => vm,
+        (None, Some(vms)) => {
+            let parallel = usize::from(exec.parallel);
+            let command = all::Command::new(&exec.user, program, open);
+            return all::run(command, client, (vms, parallel), format).await;
+        }
+        (None, None) => return Err(usage("no VM is named")),
+    };
+    let mut stream = stream::open(client, vm, Some(&exec.user), &what).await?;
     stream.say(&ToGuest::Open(open)).await?;
     if exec.detach {
         let started = stream.started().await?;
-        let id = format!("{}/{}", exec.vm, started.id);
+        let id = format!("{vm}/{}", started.id);
         match format {
             Format::Json => output::json(&serde_json::json!({ "session": id }))?,
             Format::Table => output::line(id)?,
@@ -177,6 +211,7 @@ async fn run_it(exec: &Exec, client: &Client, format: Format) -> Result<ExitCode
     let carries = Carries {
         input: exec.interactive || exec.tty,
         tty: exec.tty,
+        escapes: false,
         signals: Signals::Forwarded,
     };
     match stream.carry(carries).await? {

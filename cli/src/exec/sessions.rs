@@ -224,6 +224,7 @@ async fn attach_to(attach: &Attach, client: &Client) -> Result<ExitCode, Failure
     let carries = Carries {
         input: input && tty,
         tty,
+        escapes: false,
         signals: Signals::Leave,
     };
     match stream.carry(carries).await? {

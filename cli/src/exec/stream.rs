@@ -16,6 +16,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::files::{Input, Output};
 use super::terminal::{self, Raw};
+use super::typed::Typed;
 use super::{OWN, WAY};
 use crate::client::Client;
 use crate::error::Failure;
@@ -25,7 +26,7 @@ const PROTOCOL: &str = "adit-exec";
 /// Bytes that are read at once.
 const PIECE: usize = 256 << 10;
 /// Whoever presses Ctrl-C so many times within so long wants to be rid of it.
-const IMPATIENT: (usize, Duration) = (3, Duration::from_secs(2));
+pub(super) const IMPATIENT: (usize, Duration) = (3, Duration::from_secs(2));
 
 /// What goes through a stream beside its output.
 pub(super) struct Carries {
@@ -33,6 +34,8 @@ pub(super) struct Carries {
     pub(super) input: bool,
     /// Its terminal is ours.
     pub(super) tty: bool,
+    /// Whoever types at it can leave by an escape.
+    pub(super) escapes: bool,
     pub(super) signals: Signals,
 }
 
@@ -77,12 +80,23 @@ pub(super) async fn open(
             "the user or the program's name is too long, or empty",
         ));
     }
+    let path = format!("{}/exec?{}", crate::vm::path(vm)?, query(user, what));
+    let io = client.upgrade(&path, PROTOCOL).await?;
+    Ok(Stream {
+        io,
+        decoder: Decoder::default(),
+        half: Half::new(),
+    })
+}
+
+fn query(user: Option<&str>, what: &What) -> String {
     let mut query = form_urlencoded::Serializer::new(String::new());
     if let Some(user) = user {
         query.append_pair("user", user);
     }
     match what {
         What::Run(program) => drop(query.append_pair("run", program)),
+        What::Shell => drop(query.append_pair("shell", "true")),
         What::Attach(id) => drop(query.append_pair("attach", id)),
         What::List => {}
         What::End { id, signal } => {
@@ -92,13 +106,7 @@ pub(super) async fn open(
             }
         }
     }
-    let path = format!("{}/exec?{}", crate::vm::path(vm)?, query.finish());
-    let io = client.upgrade(&path, PROTOCOL).await?;
-    Ok(Stream {
-        io,
-        decoder: Decoder::default(),
-        half: Half::new(),
-    })
+    query.finish()
 }
 
 fn broken(why: impl std::fmt::Display) -> Failure {
@@ -110,12 +118,12 @@ fn broken(why: impl std::fmt::Display) -> Failure {
     .with_status(WAY)
 }
 
-fn lies(e: ClientError) -> Failure {
+pub(super) fn lies(e: ClientError) -> Failure {
     broken(format!("the guest breaks the protocol: {e}"))
 }
 
 /// Why the guest, or aditd, does not do it.
-fn no(refused: &Refused) -> Failure {
+pub(super) fn no(refused: &Refused) -> Failure {
     let (code, status, help) = match refused.reason {
         refusal::DENIED => (
             "denied",
@@ -145,20 +153,25 @@ fn no(refused: &Refused) -> Failure {
         .with_status(status)
 }
 
-/// The exit status that a command's end is here.
+/// The exit status that a command's end is here; what is to be said of it is said.
 pub(super) fn status(exit: &Exit) -> ExitCode {
-    let of_signal = |signal: i32| u8::try_from(128 + signal).unwrap_or(u8::MAX);
     if !exit.text.is_empty() {
         adit_print::note(crate::text::escape(&exit.text));
     }
-    ExitCode::from(match How::of(exit.how) {
+    ExitCode::from(number(exit))
+}
+
+/// The exit status that a command's end is here.
+pub(super) fn number(exit: &Exit) -> u8 {
+    let of_signal = |signal: i32| u8::try_from(128 + signal).unwrap_or(u8::MAX);
+    match How::of(exit.how) {
         // As a shell has it: the lowest eight bits.
         Some(How::Code) => exit.value.to_le_bytes()[0],
         Some(How::Signal) => of_signal(exit.value),
         Some(How::TimedOut) => 124,
         Some(How::Ended) => of_signal(9),
         Some(How::Lost) | None => WAY,
-    })
+    }
 }
 
 impl Stream {
@@ -176,7 +189,8 @@ impl Stream {
     }
 
     /// The next thing that is heard.
-    async fn hear(&mut self) -> Result<Heard, Failure> {
+    /// May be dropped while it waits.
+    pub(super) async fn hear(&mut self) -> Result<Heard, Failure> {
         let mut piece = vec![0; 4096];
         loop {
             let next = self.decoder.poll_frame().map_err(broken)?;
@@ -235,53 +249,70 @@ impl Stream {
             writing: false,
             pressed: Vec::new(),
             signals: carries.signals,
+            typed: carries.escapes.then(Typed::default),
         };
         carrying.run(self).await
     }
 }
 
 /// The signals that are caught.
-struct Caught {
+pub(super) struct Caught {
     interrupt: Signal,
     terminate: Signal,
     quit: Signal,
     hang_up: Signal,
-    stop: Signal,
+    /// None: whoever presses Ctrl-Z stops us, and nothing else.
+    stop: Option<Signal>,
     window: Signal,
 }
 
 impl Caught {
     fn new() -> io::Result<Self> {
         Ok(Self {
+            stop: Some(signal(SignalKind::from_raw(TSTP))?),
+            ..Self::of_many()?
+        })
+    }
+
+    /// Those for many commands at once.
+    pub(super) fn of_many() -> io::Result<Self> {
+        Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
             quit: signal(SignalKind::quit())?,
             hang_up: signal(SignalKind::hangup())?,
-            stop: signal(SignalKind::from_raw(TSTP))?,
+            stop: None,
             window: signal(SignalKind::window_change())?,
         })
     }
 
     /// The number of the next one. May be dropped while it waits.
-    async fn next(&mut self) -> u8 {
+    pub(super) async fn next(&mut self) -> u8 {
         tokio::select! {
             _ = self.interrupt.recv() => INT,
             _ = self.terminate.recv() => TERM,
             _ = self.quit.recv() => QUIT,
             _ = self.hang_up.recv() => HUP,
-            _ = self.stop.recv() => TSTP as u8,
+            () = stopped(&mut self.stop) => TSTP as u8,
             _ = self.window.recv() => WINCH,
         }
     }
 }
 
+async fn stopped(stop: &mut Option<Signal>) {
+    match stop {
+        Some(stop) => drop(stop.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
 const HUP: u8 = 1;
-const INT: u8 = 2;
+pub(super) const INT: u8 = 2;
 const QUIT: u8 = 3;
 const TERM: u8 = 15;
 const CONT: u8 = 18;
 const TSTP: i32 = 20;
-const WINCH: u8 = 28;
+pub(super) const WINCH: u8 = 28;
 
 /// A command whose streams are ours.
 struct Carrying {
@@ -294,6 +325,8 @@ struct Carrying {
     /// When Ctrl-C was pressed.
     pressed: Vec<Instant>,
     signals: Signals,
+    /// What was typed, where an escape means something.
+    typed: Option<Typed>,
 }
 
 impl Carrying {
@@ -331,6 +364,18 @@ impl Carrying {
                 }
                 next = input(&mut self.input, room), if wants_input => {
                     let bytes = next.map_err(|e| Failure::io("cannot read standard input", &e))?;
+                    let was_empty = bytes.is_empty();
+                    let (bytes, leaves) = match &mut self.typed {
+                        Some(typed) => typed.take(&bytes),
+                        None => (bytes, false),
+                    };
+                    if leaves {
+                        return Ok(Ended::Left(stream.half.had()));
+                    }
+                    if bytes.is_empty() && !was_empty {
+                        // A tilde, of which the next byte says what it means.
+                        continue;
+                    }
                     let frame = match bytes.is_empty() {
                         true => {
                             self.input = None;

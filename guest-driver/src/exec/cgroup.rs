@@ -21,6 +21,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -83,8 +84,18 @@ fn task_of(path: &str) -> Option<String> {
     Some(name.to_owned())
 }
 
+type Shares = [(&'static str, Option<u64>); 2];
+
+/// The shares as they were when they were first asked for: of a process that makes many cgroups.
+static KNOWN: OnceLock<Shares> = OnceLock::new();
+
+/// Asks for the shares now, so that they need not be asked for later.
+pub fn know_shares() {
+    KNOWN.get_or_init(shares);
+}
+
 /// A task's share of this guest: bytes of memory, number of processes and threads.
-fn shares() -> [(&'static str, Option<u64>); 2] {
+fn shares() -> Shares {
     let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = info.lines().find_map(|l| l.strip_prefix("MemTotal:"));
     let kib = kib.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
@@ -130,10 +141,10 @@ pub struct Cgroup(PathBuf);
 impl Cgroup {
     /// Makes the task's cgroup, with its limits where the kernel has them; none if the kernel or our rights do not allow it.
     pub fn create(base: &Path, task: &str) -> Option<Self> {
-        sweep(base);
         let dir = base.join(format!("{PREFIX}{task}"));
         fs::create_dir(&dir).ok()?;
-        for (file, share) in shares() {
+        let known = KNOWN.get().copied();
+        for (file, share) in known.unwrap_or_else(shares) {
             if let Some(share) = share {
                 let _ = fs::write(dir.join(file), share.to_string());
             }
@@ -147,6 +158,11 @@ impl Cgroup {
     pub fn find(base: &Path, task: &str) -> Option<Self> {
         let dir = base.join(format!("{PREFIX}{task}"));
         dir.is_dir().then_some(Self(dir))
+    }
+
+    /// Its directory, for a child that begins in it.
+    pub fn directory(&self) -> Option<OwnedFd> {
+        Some(File::open(&self.0).ok()?.into())
     }
 
     /// The file by which a child enters.
@@ -189,7 +205,8 @@ impl Cgroup {
         }
     }
 
-    fn populated(&self) -> bool {
+    /// Whether anything runs in it.
+    pub fn populated(&self) -> bool {
         fs::read_to_string(self.0.join("cgroup.events")).is_ok_and(|e| e.contains("populated 1"))
     }
 
@@ -234,7 +251,7 @@ impl Cgroup {
 
 /// Removes the cgroups in which nothing runs any more; the kernel keeps the others. One in which nothing has run yet stays: a
 /// child may be about to enter it.
-fn sweep(base: &Path) {
+pub fn sweep(base: &Path) {
     let used = |dir: &Path| {
         let stat = fs::read_to_string(dir.join("cpu.stat")).unwrap_or_default();
         !stat.lines().any(|l| l == "usage_usec 0")

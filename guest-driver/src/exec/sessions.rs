@@ -11,16 +11,23 @@ use super::tree::KILL_LIMIT;
 /// Prefix of a session's cgroup, behind that of all tasks.
 pub const CGROUP: &str = "exec-";
 
+/// So many are started before the first look.
+const FEW: usize = 32;
+
 static STARTED: Mutex<Vec<ProcId>> = Mutex::new(Vec::new());
 
 fn started_ones() -> MutexGuard<'static, Vec<ProcId>> {
     STARTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One was started. Those that have ended are forgotten.
+/// One was started. Those that have ended are forgotten, now and then: each is looked for.
 pub fn started(pid: i32) {
     let mut all = started_ones();
-    all.retain(|id| proc::read(id.pid).is_some_and(|p| p.id == *id && !p.zombie));
+    if all.len() == all.capacity() {
+        all.retain(|id| proc::read(id.pid).is_some_and(|p| p.id == *id && !p.zombie));
+        let room = all.len().max(FEW);
+        all.reserve(room);
+    }
     all.extend(proc::read(pid).map(|p| p.id));
 }
 

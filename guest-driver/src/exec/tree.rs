@@ -87,7 +87,10 @@ impl Tree {
         Self {
             task: task.to_owned(),
             before: Baseline::take(),
-            cgroup: base.and_then(|b| Cgroup::create(b, task)),
+            cgroup: base.and_then(|b| {
+                cgroup::sweep(b);
+                Cgroup::create(b, task)
+            }),
         }
     }
 

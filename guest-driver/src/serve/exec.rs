@@ -9,16 +9,15 @@
 //! As whom and which program is what the hello says, which aditd has written of what it has let through. The agent is done with a stream
 //! once a session process has it; of a stream that is no socket of the kernel's it carries the bytes.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use adit_channel::frame;
@@ -32,13 +31,14 @@ use adit_names::{ServiceName, escape};
 use nix::unistd::User;
 
 use super::services::{Run, Service};
-use crate::exec::{cgroup, reap, script, sessions};
+use crate::exec::{cgroup, script, sessions};
+use crate::log;
 use crate::policy::Standing;
 use crate::session::ask::{self, Answer, Attaching, Ending};
+use crate::session::fork_server::ForkServer;
 use crate::session::place::{Place, SESSIONS_MAX, new_id};
-use crate::session::{COMMAND, Spec, refused};
+use crate::session::{Spec, child, refused};
 use crate::transport::HostStream;
-use crate::{log, protect, sys};
 
 /// How long a client may take for its first frame, and to read a refusal.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -51,8 +51,9 @@ pub struct Exec {
 
 /// What a stream's thread needs of it.
 struct Shared {
-    /// This program, which is a session's, too.
-    program: PathBuf,
+    /// By which sessions begin.
+    forks: ForkServer,
+    cgroups: Mutex<Option<PathBuf>>,
     run_dir: PathBuf,
     place: Place,
 }
@@ -66,7 +67,8 @@ impl Exec {
         let place = Place::of(run_dir);
         place.prepare()?;
         let shared = Shared {
-            program: program.to_owned(),
+            forks: ForkServer::of(program),
+            cgroups: Mutex::default(),
             run_dir: run_dir.to_owned(),
             place,
         };
@@ -129,15 +131,20 @@ impl Shared {
     ) -> io::Result<()> {
         stream.set_timeout(Some(LIMIT))?;
         match asked.what {
-            What::Run(program) => {
+            What::Run(_) | What::Shell => {
                 let user = asked.user.unwrap_or_default();
                 let open = match first(&*stream)? {
                     Some(ToGuest::Open(open)) => open,
                     _ => return Err(invalid("its first frame is no command")),
                 };
-                match self.may(&user, &program, open, policy) {
+                let program = match &asked.what {
+                    What::Run(program) => Some(program.as_str()),
+                    _ => None,
+                };
+                match self.may(&user, program, open, policy) {
                     Ok(spec) => self.start(stream, spec, caller),
                     Err(why) => {
+                        let program = program.unwrap_or("login shell");
                         let fields: [(&str, &dyn std::fmt::Display); 3] =
                             [("user", &user), ("program", &program), ("why", &why.text)];
                         log::event("exec-refused", &fields);
@@ -168,24 +175,31 @@ impl Shared {
         }
     }
 
-    /// A command as it is to be run, if it may be.
+    /// A command as it is to be run, if it may be; without a program it is the user's login shell.
     fn may(
         &self,
         name: &str,
-        program: &str,
-        open: Open,
+        program: Option<&str>,
+        mut open: Open,
         policy: &Standing,
     ) -> Result<Spec, Refused> {
         let malformed = |text: String| refused(refusal::MALFORMED, text);
-        open.check().map_err(|e| malformed(e.to_string()))?;
+        let is_whole = match program {
+            Some(_) => open.check(),
+            None => open.check_shell(),
+        };
+        is_whole.map_err(|e| malformed(e.to_string()))?;
         // aditd has let this one through, and written it down.
-        if open.argv.first().map(Vec::as_slice) != Some(program.as_bytes()) {
+        if open.argv.first().map(Vec::as_slice) != program.map(str::as_bytes) {
             return Err(malformed(
                 "it is not the program that aditd was told".into(),
             ));
         }
         let user = user_of(name)?;
-        let at = found(program, &open, &user)?;
+        let at = match program {
+            Some(program) => found(program, &open, &user)?,
+            None => login_shell(&user, &mut open),
+        };
         let text = at
             .to_str()
             .ok_or_else(|| malformed("its path is no UTF-8".into()))?;
@@ -204,15 +218,24 @@ impl Shared {
             program: at,
             open,
             run_dir: self.run_dir.clone(),
-            cgroups: cgroup::base(),
+            cgroups: self.cgroups(),
         })
+    }
+
+    /// Where cgroups can be made: to look for it takes longer than to see that it is still there.
+    fn cgroups(&self) -> Option<PathBuf> {
+        let mut known = self.cgroups.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.as_ref().is_none_or(|base| !base.is_dir()) {
+            *known = cgroup::base();
+        }
+        known.clone()
     }
 
     /// Starts a session process, and gives it the stream.
     fn start(&self, stream: Box<dyn HostStream>, spec: Spec, caller: &str) -> io::Result<()> {
         stream.set_timeout(None)?;
         let (theirs, carried) = split(stream)?;
-        let spawned = self.spawn(theirs.as_fd().try_clone_to_owned()?, &spec);
+        let spawned = self.spawn(theirs.as_fd(), &spec);
         match spawned {
             Ok(()) => {
                 let fields: [(&str, &dyn std::fmt::Display); 4] = [
@@ -234,30 +257,9 @@ impl Shared {
         carried.map_or(Ok(()), Carried::carry)
     }
 
-    fn spawn(&self, stream: OwnedFd, spec: &Spec) -> io::Result<()> {
-        let bytes = postcard::to_stdvec(spec).map_err(io::Error::other)?;
-        let setup = sys::ChildSetup {
-            cgroup: spec.cgroups.as_deref().and_then(cgroup::of_sessions),
-            user: None,
-            cwd: CString::new("/").map_err(io::Error::other)?,
-            inherited: protect::inherited(),
-            tty: false,
-            dies_with_parent: false,
-        };
-        let mut command = Command::new(&self.program);
-        command.arg(COMMAND).stdin(Stdio::piped()).stdout(stream);
-        let (mut child, claim) = reap::spawn(|| {
-            let child = sys::spawn(&mut command, setup)?;
-            sessions::started(child.id().cast_signed());
-            Ok(child)
-        })?;
-        // The stream is in it.
-        drop(command);
-        // A session that does not take it has ended, and says why.
-        let told = child.stdin.take().map(|mut pipe| pipe.write_all(&bytes));
-        // Whoever reaps orphans waits for it.
-        drop(claim);
-        told.unwrap_or(Ok(()))
+    fn spawn(&self, stream: BorrowedFd<'_>, spec: &Spec) -> io::Result<()> {
+        let told = postcard::to_stdvec(spec).map_err(io::Error::other)?;
+        self.forks.start(stream, &told, spec.cgroups.as_deref())
     }
 
     fn attach(
@@ -399,6 +401,15 @@ fn user_of(name: &str) -> Result<User, Refused> {
         let text = format!("this guest has no user `{}`", escape(name).at_most(64));
         refused(refusal::NO_USER, text)
     })
+}
+
+/// The program that a user has for a login; its name for itself begins with a dash, which makes it read what is read at a login.
+fn login_shell(user: &User, open: &mut Open) -> PathBuf {
+    let shell = child::shell(user);
+    let mut name = vec![b'-'];
+    name.extend(shell.file_name().unwrap_or_default().as_bytes());
+    open.argv = vec![name];
+    shell
 }
 
 /// The program's absolute path, in the one spelling that the policy compares.

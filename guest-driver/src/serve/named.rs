@@ -69,11 +69,10 @@ impl Service for Named {
                 }
             }
         };
-        let limit = tcp::limit(open);
-        let local = match &place {
+        let local = tcp::opened(open, |limit| match &place {
             Place::Unix(path) => dial(path, limit),
             Place::Tcp(port) => tcp::dial(*port, limit),
-        };
+        });
         let local = local.map_err(|e| Refusal::of_io(&place, &e))?;
         tcp::relayed(local, &self.shares)
     }

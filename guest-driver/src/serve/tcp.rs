@@ -7,7 +7,8 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::{PoisonError, RwLock};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use adit_channel::hello::Open;
 use adit_channel::refusal::{Code, Refusal};
@@ -17,6 +18,12 @@ use super::services::{Run, Service};
 use super::shares::{Shares, busy};
 use crate::conn::Conn;
 
+/// Arguments of a hello that is to be answered when somebody listens. Agents before this one answer at once.
+const WAIT: &[u8] = b"wait";
+/// How long such a hello may wait at most: it has a thread.
+const WAIT_MAX: Duration = Duration::from_secs(30);
+/// Between two tries.
+const TRY_AGAIN: Duration = Duration::from_millis(100);
 /// How long a local dial may take if the host names no shorter deadline.
 const DIAL_LIMIT: Duration = Duration::from_secs(5);
 
@@ -67,8 +74,8 @@ impl Service for Tcp {
         if let Some(text) = self.forbidden(port) {
             return Err(Refusal::new(Code::Denied, text));
         }
-        let local = dial(port, limit(open))
-            .map_err(|e| Refusal::of_io(format_args!("127.0.0.1:{port}"), &e))?;
+        let local = opened(open, |limit| dial(port, limit));
+        let local = local.map_err(|e| Refusal::of_io(format_args!("127.0.0.1:{port}"), &e))?;
         relayed(local, &self.shares)
     }
 }
@@ -86,8 +93,38 @@ pub(super) fn relayed(local: Conn, shares: &Shares) -> Result<Run, Refusal> {
     }))
 }
 
+/// Dials what a hello asks for. One that says [`WAIT`] is answered when somebody listens there, or when its time is nearly over: the
+/// kernel tells nobody that a port has a listener, so it is tried, and only while somebody waits.
+pub(super) fn opened(
+    open: &Open,
+    mut dial: impl FnMut(Duration) -> io::Result<Conn>,
+) -> io::Result<Conn> {
+    let limit = limit(open);
+    if open.extensions.arguments.as_bytes() != WAIT {
+        return dial(limit);
+    }
+    let whole = Duration::from_millis(open.deadline_ms.into());
+    // The answer has to arrive, too.
+    let end = Instant::now() + whole.min(WAIT_MAX) * 4 / 5;
+    loop {
+        match dial(limit) {
+            Err(e) if is_not_there(&e) && Instant::now() + TRY_AGAIN < end => {
+                thread::sleep(TRY_AGAIN);
+            }
+            done => return done,
+        }
+    }
+}
+
+fn is_not_there(e: &io::Error) -> bool {
+    matches!(
+        e.kind(),
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+    )
+}
+
 /// How long a local dial for a hello may take.
-pub(super) fn limit(open: &Open) -> Duration {
+fn limit(open: &Open) -> Duration {
     match open.deadline_ms {
         0 => DIAL_LIMIT,
         ms => DIAL_LIMIT.min(Duration::from_millis(ms.into())),

@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -26,6 +26,14 @@ use crate::sys;
 
 /// Shell of a user that has none.
 const SHELL: &str = "/bin/sh";
+
+/// A user's login shell.
+pub(crate) fn shell(user: &User) -> PathBuf {
+    match user.shell.as_os_str().is_empty() {
+        true => SHELL.into(),
+        false => user.shell.clone(),
+    }
+}
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,16 +158,12 @@ impl Child {
             command.arg0(name);
         }
         command.args(argv).env_clear();
-        let shell = match user.shell.as_os_str().is_empty() {
-            true => Path::new(SHELL),
-            false => &user.shell,
-        };
         command
             .env("PATH", script::DEFAULT_PATH)
             .env("HOME", &user.dir)
             .env("USER", &user.name)
             .env("LOGNAME", &user.name)
-            .env("SHELL", shell)
+            .env("SHELL", shell(&user))
             .env("LANG", "C.UTF-8");
         for (name, value) in &open.env {
             command.env(OsStr::from_bytes(name), OsStr::from_bytes(value));
@@ -168,12 +172,12 @@ impl Child {
         let [input, out, err] = ends.theirs;
         command.stdin(input).stdout(out).stderr(err);
         let cwd = setup.cwd.clone();
-        let started = sys::spawn(&mut command, setup);
+        let started = start(&mut command, setup, cgroup.as_ref());
         // The command's ends are in it.
         drop(command);
         match started {
-            Ok(child) => Ok(Self {
-                pid: child.id().cast_signed(),
+            Ok(pid) => Ok(Self {
+                pid,
                 stdin: ends.stdin,
                 outs: ends.outs,
                 tty: ends.tty,
@@ -234,7 +238,9 @@ impl Child {
     /// Kills what the command has left in its own session, after it has ended by itself; where there is no cgroup all that it has left:
     /// nobody could tell later whose it was.
     pub(super) fn end_rest(&self) {
-        match self.cgroup {
+        match &self.cgroup {
+            // It was all there was, as after most commands: nobody needs to be looked for.
+            Some(cgroup) if !cgroup.populated() => true,
             Some(_) => tree::kill_session(self.pid),
             None => tree::kill_descendants(),
         };
@@ -261,6 +267,20 @@ impl Child {
             cgroup.release();
         }
     }
+}
+
+/// Starts a program, in its cgroup if there is one. Returns its pid.
+fn start(
+    command: &mut Command,
+    setup: sys::ChildSetup,
+    cgroup: Option<&Cgroup>,
+) -> io::Result<i32> {
+    if let Some(dir) = cgroup.and_then(Cgroup::directory)
+        && let Ok(alone) = sys::Alone::now()
+    {
+        return sys::spawn_in(command, setup, dir.as_fd(), &alone);
+    }
+    Ok(sys::spawn(command, setup)?.id().cast_signed())
 }
 
 /// Where it begins: as asked, or the user's home if that is there.

@@ -12,7 +12,8 @@
 //! It never waits in a call: it sleeps in one `poll`, with a timer only where something ends by time.
 
 pub mod ask;
-mod child;
+pub(crate) mod child;
+pub mod fork_server;
 mod link;
 pub mod place;
 mod process;
@@ -24,8 +25,6 @@ use serde::{Deserialize, Serialize};
 
 pub use self::process::run;
 
-/// Name of the hidden command.
-pub const COMMAND: &str = "exec-session";
 /// Variable by which a session's processes are known to people.
 pub const MARKER: &str = "ADIT_SESSION_ID";
 /// Most bytes of what a session process is told at its start.

@@ -615,6 +615,44 @@ fn a_terminal_has_a_size_is_resized_and_takes_keys_as_signals() {
     guest.until_none();
 }
 
+/// Its own name begins with a dash, by which shells know a login; which program it is, is the guest's word and its policy's decision.
+#[test]
+fn a_login_shell_is_the_users_own_and_the_policy_decides_on_it() {
+    let guest = guest(ANY);
+    let shell = |guest: &Guest, open: Open| {
+        let mut running = Running::new(guest.asked(What::Shell).unwrap());
+        running.say(&ToGuest::Open(open));
+        running
+    };
+    let tty = Some(Size { rows: 24, cols: 80 });
+    let mut run = shell(
+        &guest,
+        Open {
+            stdin: true,
+            tty,
+            ..Open::default()
+        },
+    );
+    run.input(b"echo name=$0 shell=$SHELL; exit 3\n");
+    assert_eq!(run.exit(), (How::Code, 3));
+    let uid = nix::unistd::geteuid();
+    let user = nix::unistd::User::from_uid(uid).unwrap().unwrap();
+    let own = user.shell.display().to_string();
+    let name = own.rsplit('/').next().unwrap().to_owned();
+    let said = format!("name=-{name} shell={own}");
+    assert!(run.text().contains(&said), "{}", run.text());
+    // Elements of the client's are not taken for a shell.
+    let refused = shell(&guest, command(&["sh"])).refused();
+    assert_eq!(refused.reason, refusal::MALFORMED);
+    guest.until_none();
+    drop(guest);
+    let rules = "[[exec]]\nallow = \"host\"\nusers = \"any\"\ncommands = [\"/usr/bin/true\"]\n";
+    let guest = self::guest(rules);
+    let refused = shell(&guest, Open::default()).refused();
+    assert_eq!(refused.reason, refusal::DENIED);
+    assert!(refused.text.contains(&own), "{}", refused.text);
+}
+
 #[test]
 fn r121_a_detached_session_outlives_clients_and_agents_and_loses_nothing() {
     let mut guest = guest(ANY);
@@ -857,7 +895,8 @@ fn r121_many_short_sessions_leave_nothing() {
     };
     guest.sh("true").exit();
     guest.until_none();
-    until("the agent is quiet", || children() == 0);
+    // What starts sessions is there from the first one on.
+    until("the agent is quiet", || children() == 1);
     let before = (fds(), threads());
     std::thread::scope(|scope| {
         for worker in 0..4 {
@@ -884,7 +923,7 @@ fn r121_many_short_sessions_leave_nothing() {
         }
     });
     guest.until_none();
-    until("no process is left", || children() == 0);
+    until("no process is left", || children() == 1);
     until("descriptors and threads are back", || {
         fds() <= before.0 && threads() <= before.1
     });

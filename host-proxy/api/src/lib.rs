@@ -16,7 +16,7 @@
 //! | `POST /v1/vms/{name}/lock` | `NewLock` → `Vm`: no new task and no new tunnel goes there. Of a VM that is locked it replaces the reason |
 //! | `DELETE /v1/vms/{name}/lock` | opens it again |
 //! | `POST /v1/vms/{name}/reload` | a new port process goes on with the VMM → `Vm` once it serves; streams end |
-//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 says what is known; 404 if it is removed meanwhile. `for=drained`: once a locked VM has no tunnel, no request and no task left |
+//! | `GET /v1/vms/{name}/wait?for=agent&timeout_ms=N` | → `Vm` once ready; 408 says what is known; 404 if it is removed meanwhile. `for=port:N`, `for=service:NAME`: once somebody listens there. `for=drained`: once a locked VM has no tunnel, no request and no task left |
 //! | `POST /v1/goals` | `NewGoal` → `Goal` (on disk when answered); 422 for one whose `not_after` has passed. VMs of other hosts are served by these; 502 `partly-queued` says which VMs have it where a host fails after another has taken it |
 //! | `GET /v1/goals?newest=N&before=CURSOR&id=` | → `Vec<GoalSummary>`: the newest N (at most 500) before the cursor, in the order in which they were accepted; `id`: the last digits; the field `adit-earlier` has the cursor of those before, and is not there with the first page |
 //! | `GET /v1/goals/{goal_id}` | → `Goal`, with what other hosts have of it |
@@ -105,7 +105,7 @@ pub struct Vm {
     pub kernel: Option<String>,
     /// Id that the image was enrolled with, if it is not this VM's. `fault` says so, too.
     pub enrolled_as: Option<String>,
-    /// What its card says that it is used for; empty unless this host believes the card.
+    /// What it is used for: the labels of the configuration, then those of its card while this host believes it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
     /// The card that the guest shows; none: it shows none.

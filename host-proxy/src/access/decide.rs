@@ -10,11 +10,11 @@ use std::fmt;
 
 use adit_names::VmId;
 use adit_port::control::Target;
+use adit_tasks::vms::Vms;
 
 use super::caller::Caller;
 use super::grant::Grant;
 use super::subject::Subject;
-use super::vms::Vms;
 
 /// Services of a guest that only the owner reaches: they are given files, and say themselves what they do with them.
 const OWNERS: [&str; 2] = ["blob", "agent"];

@@ -20,10 +20,10 @@ use std::str::FromStr;
 
 use adit_names::ServiceName;
 use adit_port::control::Target;
+use adit_tasks::vms::Vms;
 
 use super::decide::Verb;
 use super::subject::Subject;
-use super::vms::Vms;
 
 /// Most grants of a host.
 pub const GRANTS_MAX: usize = 4096;

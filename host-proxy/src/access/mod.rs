@@ -9,7 +9,7 @@
 //! | module | what |
 //! |---|---|
 //! | `subject`, `caller` | names of who may ask; who asks |
-//! | `grant`, `vms` | what the configuration grants to whom, with which VMs |
+//! | `grant` | what the configuration grants to whom, with which VMs |
 //! | `decide` | the decision. Pure, as are those before it: front ends, `adit access` and tests ask the same function |
 //! | `callers`, `diag`, `tokens`, `certificate` | finds out who is at the other end of a connection |
 //! | `log_in`, `guesses`, `client` | a token that is shown; who has shown too many wrong ones (pure), and who is one client |
@@ -33,7 +33,6 @@ pub mod rate;
 pub mod subject;
 pub mod tag;
 pub mod tokens;
-pub mod vms;
 
 pub use caller::Caller;
 pub use decide::{Access, Denial, Grants, Reason, Verb, VmView};

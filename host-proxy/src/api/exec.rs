@@ -1,7 +1,7 @@
 //! Commands in a VM: the client's connection becomes a stream of the guest's service `exec`.
 //!
 //! ```text
-//! client ─ POST /v1/vms/VM/exec?user=…&run=…, Upgrade: adit-exec ─► may they? ─► 101, and the connection is taken
+//! client ─ POST /v1/vms/VM/exec?user=…&run=… (or shell=true), Upgrade: adit-exec ─► may they? ─► 101, and the connection is taken
 //!        ─ frames of `adit_exec` ══════════════════════════════════► Connect + the socket ─► port process ─► agent
 //!        ◄ Refused ── aditd, over its duplicate, if there is no stream ◄── DialFailed
 //! ```
@@ -45,7 +45,7 @@ const PROTOCOL: &str = "adit-exec";
 /// How long a client may take to read why there is no stream.
 const SAY_LIMIT: Duration = Duration::from_secs(5);
 
-/// What is asked: one of `run`, `attach` and `end`, or none of them for the list.
+/// What is asked: one of `run`, `shell`, `attach` and `end`, or none of them for the list.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Ask {
@@ -55,6 +55,9 @@ pub(super) struct Ask {
     /// Run this program: the first element of the command, as the guest is to find it.
     #[serde(default)]
     run: Option<String>,
+    /// Run the user's login shell.
+    #[serde(default)]
+    shell: bool,
     /// Attach to the session of this id.
     #[serde(default)]
     attach: Option<String>,
@@ -68,14 +71,15 @@ pub(super) struct Ask {
 
 impl Ask {
     fn asked(self) -> Option<Asked> {
-        let what = match (self.run, self.attach, self.end, self.signal) {
-            (Some(program), None, None, None) => What::Run(program),
-            (None, Some(id), None, None) => What::Attach(id),
-            (None, None, Some(id), signal) => What::End {
+        let what = match (self.run, self.shell, self.attach, self.end, self.signal) {
+            (Some(program), false, None, None, None) => What::Run(program),
+            (None, true, None, None, None) => What::Shell,
+            (None, false, Some(id), None, None) => What::Attach(id),
+            (None, false, None, Some(id), signal) => What::End {
                 id,
                 signal: signal.unwrap_or(0),
             },
-            (None, None, None, None) => What::List,
+            (None, false, None, None, None) => What::List,
             _ => return None,
         };
         let fits = self.user.as_deref().is_none_or(Users::could_be);
@@ -88,6 +92,7 @@ impl Ask {
 fn shown(what: &What) -> String {
     let text = match what {
         What::Run(program) => program.clone(),
+        What::Shell => "login shell".into(),
         What::Attach(id) => format!("attach {id}"),
         What::List => "list".into(),
         What::End { id, signal: 0 } => format!("end {id}"),
@@ -114,7 +119,7 @@ pub(super) async fn exec(
     head: HeaderMap,
 ) -> Result<Response, ApiError> {
     let asked = ask.asked().ok_or_else(|| {
-        let text = "it takes a user and one of `run`, `attach` and `end`; a list and an end may be without a user";
+        let text = "it takes a user and one of `run`, `shell`, `attach` and `end`; a list and an end may be without a user";
         ApiError::new(StatusCode::BAD_REQUEST, "usage", text)
     })?;
     let user = asked.user.as_deref();
@@ -137,7 +142,7 @@ pub(super) async fn exec(
         false => None,
     };
     let limits = rated.map(|(_, limits)| limits).unwrap_or_default();
-    if vm.lock.is_on() && matches!(asked.what, What::Run(_)) {
+    if vm.lock.is_on() && matches!(asked.what, What::Run(_) | What::Shell) {
         let text = format!("VM `{}` is locked", vm.name);
         return Err(Refusal::new(Code::Locked, text).into());
     }

@@ -1,8 +1,16 @@
-//! `GET /v1/vms/{name}/wait`: answered when the VM is ready or drained, when it is removed, or when the time is over.
+//! `GET /v1/vms/{name}/wait`: answered when the VM is ready or drained, when somebody listens at a port or service of it, when it is removed,
+//! or when the time is over.
 
-use std::time::Duration;
+use std::os::unix::net::UnixStream;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use adit_api::{Vm, VmState, doctor};
+use adit_channel::hello::Extensions;
+use adit_channel::refusal::{Code, Refusal};
+use adit_names::ServiceName;
+use adit_port::control::Target;
 use axum::Json;
 use axum::extract::{Path, Query, State as Shared};
 use axum::http::StatusCode;
@@ -10,8 +18,16 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::{Answer, ApiError, App, Asks, find, patient};
+use crate::access::{Caller, Verb};
+use crate::link::{ClientEnd, Question};
+use crate::reach::{self, Destination};
+use crate::state::State;
 use crate::vm::{StillOpen, VmEntry};
 
+/// How long the guest may keep the question whether somebody listens.
+const ASK_LIMIT: Duration = Duration::from_secs(20);
+/// Between two such questions at least.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// Longest wait for a VM.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
@@ -24,13 +40,13 @@ const DRAINED_LOOKS: u32 = 5;
 #[into_params(parameter_in = Query)]
 pub(super) struct WaitQuery {
     #[serde(rename = "for")]
-    #[param(pattern = "^(agent|drained)$")]
+    #[param(pattern = "^(agent|drained|port:[1-9][0-9]{0,4}|service:[a-z0-9-]{1,40})$")]
     condition: String,
     /// How long at most.
     timeout_ms: u64,
 }
 
-/// Waits until a VM is ready, or until a VM that is locked has nothing open any more.
+/// Waits until a VM is ready, until somebody listens at a port or service of it, or until one that is locked has nothing open any more.
 #[utoipa::path(
     get,
     path = "/v1/vms/{name}/wait",
@@ -44,22 +60,26 @@ pub(super) async fn wait_vm(
     Query(q): Query<WaitQuery>,
 ) -> Answer<Vm> {
     let vm = find(&state, &name)?;
-    let is_for_agent = match q.condition.as_str() {
-        "agent" => true,
-        "drained" => false,
-        _ => {
-            let message = "`for` is `agent` or `drained`";
-            return Err(ApiError::new(StatusCode::BAD_REQUEST, "usage", message));
-        }
-    };
+    let condition: Condition = q.condition.parse().map_err(|()| {
+        let message = "`for` is `agent`, `drained`, `port:N` or `service:NAME`";
+        ApiError::new(StatusCode::BAD_REQUEST, "usage", message)
+    })?;
+    if let Condition::Listens(target) = &condition {
+        may_reach(&state, asks.caller(), &vm, target)?;
+    }
     let _patient = patient(&state, &asks)?;
     let mut changes = vm.watch();
+    // Why nobody listens yet.
+    let why = Mutex::new(None);
     let ready = async {
-        if is_for_agent {
-            while !vm.ready() && changes.changed().await.is_ok() {}
-            return Ok(());
+        match &condition {
+            Condition::Agent => {
+                while !vm.ready() && changes.changed().await.is_ok() {}
+                Ok(())
+            }
+            Condition::Drained => drained(&state, &vm).await,
+            Condition::Listens(target) => listens(&state, &vm, target, &why).await,
         }
-        drained(&state, &vm).await
     };
     let limit = Duration::from_millis(q.timeout_ms).min(WAIT_MAX);
     tokio::select! {
@@ -74,10 +94,140 @@ pub(super) async fn wait_vm(
         done = tokio::time::timeout(limit, ready) => match done {
             Ok(Ok(())) => Ok(Json(vm.show())),
             Ok(Err(e)) => Err(e),
-            Err(_) if is_for_agent => Err(late(&vm.show(), limit)),
-            Err(_) => Err(not_drained(&vm, still_open(&state, &vm).await?)),
+            Err(_) => Err(match condition {
+                Condition::Agent => late(&vm.show(), limit),
+                Condition::Drained => not_drained(&vm, still_open(&state, &vm).await?),
+                Condition::Listens(_) => {
+                    let why = why.into_inner().unwrap_or_else(PoisonError::into_inner);
+                    silent(&vm, &q.condition, why)
+                }
+            }),
         },
     }
+}
+
+/// What is waited for.
+enum Condition {
+    /// The agent is connected.
+    Agent,
+    /// It is locked, and nothing is open.
+    Drained,
+    /// Somebody takes what is dialled there.
+    Listens(Target),
+}
+
+impl FromStr for Condition {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let service = match text.split_once(':') {
+            None if text == "agent" => return Ok(Self::Agent),
+            None if text == "drained" => return Ok(Self::Drained),
+            Some(("port", port)) => format!("tcp:{port}").parse::<ServiceName>().ok(),
+            Some(("service", name)) => format!("svc:{name}").parse().ok(),
+            _ => None,
+        };
+        let is_one = |s: &ServiceName| s.tcp_port().is_some() || s.name().is_some();
+        let service = service.filter(is_one).ok_or(())?;
+        Ok(Self::Listens(Target::Service(service)))
+    }
+}
+
+/// Whether they could dial it: also the operator, whose VM's own lists count.
+fn may_reach(
+    state: &State,
+    caller: &Caller,
+    vm: &Arc<VmEntry>,
+    target: &Target,
+) -> Result<(), Refusal> {
+    let verb = Verb::Reach(target);
+    let denial = match state.allow(caller, verb, vm) {
+        Ok(_) => return Ok(()),
+        Err(denial) => denial,
+    };
+    if denial.is_hidden {
+        let to = Destination {
+            vm: vm.name.clone(),
+            host: None,
+            target: target.clone(),
+        };
+        return Err(reach::dial::unknown(&to, caller));
+    }
+    let text = denial.reason.text(verb, &vm.name, caller);
+    Err(Refusal::new(Code::NotAllowed, text))
+}
+
+/// Waits until the guest takes a stream to there. The agent keeps the question until it can say yes, so there are few of them.
+async fn listens(
+    state: &State,
+    vm: &Arc<VmEntry>,
+    target: &Target,
+    why: &Mutex<Option<Refusal>>,
+) -> Result<(), ApiError> {
+    let mut changes = vm.watch();
+    let to = Destination {
+        vm: vm.name.clone(),
+        host: None,
+        target: target.clone(),
+    };
+    loop {
+        // A stream to a guest that is not up would fail, and tell nothing.
+        while !matches!(vm.state(), VmState::Up | VmState::Ready) && changes.changed().await.is_ok()
+        {
+        }
+        let asked = Instant::now();
+        let refused = match ask(state, vm, &to).await {
+            Ok(()) => return Ok(()),
+            Err(refused) => refused,
+        };
+        match refused.code() {
+            // Waiting changes nothing.
+            Code::Denied | Code::NotAllowed | Code::UnknownService | Code::Locked => {
+                return Err(refused.into());
+            }
+            _ => *why.lock().unwrap_or_else(PoisonError::into_inner) = Some(refused),
+        }
+        // An agent of a version before answers at once.
+        tokio::time::sleep(ASK_AGAIN.saturating_sub(asked.elapsed())).await;
+    }
+}
+
+/// Asks the agent for a stream once. Nothing is said on it.
+async fn ask(state: &State, vm: &VmEntry, to: &Destination) -> Result<(), Refusal> {
+    let _share = reach::share(state, &vm.name, vm.weight())?;
+    let link = vm.channel.link().ok_or_else(|| {
+        let text = format!("VM `{}`: its port process does not run", vm.name);
+        Refusal::new(Code::NoPortProcess, text)
+    })?;
+    let internal = |e| Refusal::new(Code::Internal, format!("no socket: {e}"));
+    let (_ours, theirs) = UnixStream::pair().map_err(internal)?;
+    if !state.room.spares(&theirs) {
+        return Err(Refusal::busy("aditd has few descriptors left"));
+    }
+    let question = Question {
+        to: to.target.clone(),
+        extensions: Extensions {
+            arguments: b"wait".to_vec().try_into().unwrap_or_default(),
+            ..Extensions::default()
+        },
+        deadline: ASK_LIMIT,
+        tag: None,
+        note: None,
+        limits: Vec::new(),
+    };
+    let opened = link.open(question, ClientEnd::Relayed(theirs.into())).await;
+    opened.map_err(|e| reach::refusal(to, &e.into_reason()))
+}
+
+/// Nobody listens in time.
+fn silent(vm: &VmEntry, condition: &str, why: Option<Refusal>) -> ApiError {
+    let why = match &why {
+        Some(refused) => refused.text().to_owned(),
+        None => "its agent has not been heard".into(),
+    };
+    let message = format!("`{}`: {condition} is not there: {why}", vm.name);
+    ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message)
+        .help("`adit doctor` says what is known of the VM")
 }
 
 /// Waits until nothing is open any more in a VM that is locked.

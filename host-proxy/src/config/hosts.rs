@@ -13,8 +13,8 @@ use super::Config;
 use super::certificates::{Files, Pem, Wrong, certified};
 use crate::access::Subject;
 use crate::access::subject;
-use crate::access::vms::Vms;
 use crate::reach::rows::{self, Rows};
+use adit_tasks::vms::Vms;
 
 /// Most `[[host]]` sections.
 pub const HOSTS_MAX: usize = 64;

@@ -10,10 +10,13 @@
 //!
 //! The nonce is random for each start of the agent, and the agent says it to the host only.
 
+use std::io;
 use std::time::Duration;
 
 use adit_channel::hello::{Extensions, KEY_LEN, Open};
 use adit_port::control::Target;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 
 use super::Class;
 use crate::link::{ClientEnd, Question};
@@ -21,6 +24,8 @@ use crate::vm::VmEntry;
 
 /// A service that every agent has, and that reaches nothing.
 const PING: &str = "ping";
+/// More than a VMM has passed on when it finds the end behind it, and less than the sockets between take without a reader.
+static TRIED: [u8; 64 << 10] = [b'.'; 64 << 10];
 /// How long the agent may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -36,8 +41,48 @@ pub(super) async fn class(vm: &VmEntry, open: &Open) -> Class {
     }
 }
 
+/// Tries whether the VMM passes half-closes on, where its configuration says so: bytes that come back behind an end of ours. A VMM that
+/// takes the end for a close drops most of them.
+pub(crate) async fn try_half_closes(vm: &VmEntry) {
+    let tried = async {
+        let mut stream = ping(vm).await?.0;
+        let (mut back, sent) = (Vec::with_capacity(TRIED.len()), &TRIED[..]);
+        let (reader, mut writer) = stream.split();
+        let write = async {
+            writer.write_all(sent).await?;
+            writer.shutdown().await
+        };
+        let read = async {
+            // Broken off is less than all of it, too.
+            let _ = reader
+                .take(2 * sent.len() as u64)
+                .read_to_end(&mut back)
+                .await;
+            Ok::<_, io::Error>(())
+        };
+        let moved = tokio::try_join!(write, read);
+        // An end that nobody heard of is told by what is missing.
+        drop(moved);
+        Ok::<_, String>(back == sent)
+    };
+    match tokio::time::timeout(LIMIT, tried).await {
+        Ok(Ok(kept)) => vm.agent.half_closes_tried(kept),
+        // The guest has gone, which says nothing of its VMM.
+        Ok(Err(why)) => {
+            tracing::debug!(vm = %vm.name, why, "half-closes were not tried");
+        }
+        Err(_) => tracing::debug!(vm = %vm.name, "half-closes were not tried: no answer"),
+    }
+}
+
 /// The boot nonce of whoever listens on the agent's port.
 async fn agent_nonce(vm: &VmEntry) -> Result<[u8; 16], String> {
+    // Ends the stream.
+    ping(vm).await.map(|(_, nonce)| nonce)
+}
+
+/// A stream to the agent's echo, and the boot nonce of whoever has answered.
+async fn ping(vm: &VmEntry) -> Result<(UnixStream, [u8; 16]), String> {
     let link = vm.channel.link().ok_or("the port process has gone")?;
     let service = PING.parse().map_err(|_| "`ping` is no name")?;
     let question = Question {
@@ -51,9 +96,9 @@ async fn agent_nonce(vm: &VmEntry) -> Result<[u8; 16], String> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(|e| e.to_string())?;
     let opened = link.opened(question, ClientEnd::Relayed(theirs.into()));
     let nonce = opened.await.map_err(|e| e.reason().text.clone())?;
-    // Ends the stream.
-    drop(ours);
-    Ok(nonce)
+    ours.set_nonblocking(true).map_err(|e| e.to_string())?;
+    let ours = UnixStream::from_std(ours).map_err(|e| e.to_string())?;
+    Ok((ours, nonce))
 }
 
 /// Draws a key for the VM's agent, and has its port process use it. None: it cannot.

@@ -28,6 +28,10 @@ pub const UNKNOWN_STREAMS_MAX: usize = 32;
 pub const ENROLMENTS_MAX: u32 = 16;
 const ENROLMENTS_PERIOD: Duration = Duration::from_secs(4);
 
+/// What its configuration says of its VMM is wrong.
+const HALF_CLOSES_LOST: &str = "the VMM does not pass half-closes on, though `half_closes = true` says so: answers behind the end of a client's \
+     sending are lost; take that out of the VM's carrier, and restart its port process (`adit vm reload`)";
+
 /// A VM's agent.
 #[derive(Debug)]
 pub struct Agent {
@@ -54,6 +58,8 @@ pub(super) struct Said {
     has_facts: bool,
     /// Whether it knows chunks, which carry the ends of streams where a VMM does not; none: it has not said.
     pub(super) chunks: Option<bool>,
+    /// Whether its VMM passes half-closes on, as was tried; none: it was not.
+    pub(super) half_closes: Option<bool>,
     /// How far its clock is ahead, ms.
     pub(super) clock_ahead_ms: Option<i64>,
     pub(super) held: Option<Held>,
@@ -124,7 +130,7 @@ impl Agent {
         let token = CancellationToken::new();
         let mut said = self.lock();
         (said.is_fresh, said.has_facts) = (false, false);
-        (said.id, said.trust) = (None, None);
+        (said.id, said.trust, said.half_closes) = (None, None, None);
         said.said_program = None;
         let older = said.connected.replace(token.clone());
         drop(said);
@@ -138,6 +144,13 @@ impl Agent {
     /// Whether it knows chunks.
     pub fn knows_chunks(&self, knows: bool) {
         self.lock().chunks = Some(knows);
+    }
+
+    /// Whether its VMM passes half-closes on was tried.
+    pub fn half_closes_tried(&self, kept: bool) {
+        self.lock().half_closes = Some(kept);
+        self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
     }
 
     /// A connection has ended.
@@ -330,7 +343,10 @@ impl Agent {
             format!("the guest does not take the trust document {n} of {signer}: {why}")
         }));
         let program = said.program.map(|program| program.faults);
+        let lost = said.half_closes == Some(false);
+        let lost = lost.then(|| HALF_CLOSES_LOST.to_owned());
         let more = [
+            (FaultKind::Carrier, lost.into_iter().collect()),
             (FaultKind::Trust, trust),
             (FaultKind::Agent, program.unwrap_or_default()),
             (FaultKind::Policy, of(FaultKind::Policy)),

@@ -93,7 +93,7 @@ impl VmEntry {
             }),
             kernel: facts.map(|f| f.kernel.clone()),
             enrolled_as: self.agent.enrolled_as(),
-            labels: labels(&agent.enrolment),
+            labels: labels(&spec.labels, &agent.enrolment),
             card: card(&agent.enrolment),
             guest_key: agent.enrolment.key.as_ref().map(|key| GuestKey {
                 public: key.public.to_string(),
@@ -125,7 +125,7 @@ impl VmEntry {
             port_pid: self.channel.port_pid(),
             held_by: self.channel.held_by(),
             vhost_socket: self.dir.join(VHOST_SOCKET).display().to_string(),
-            carrier: self.carrier(agent.chunks),
+            carrier: self.carrier(agent.chunks, agent.half_closes),
             ring_socket: self.dir.join(RING_SOCKET).display().to_string(),
             ivshmem_socket: self.dir.join(IVSHMEM_SOCKET).display().to_string(),
             fault: (!texts.is_empty()).then(|| texts.join("; ")),
@@ -151,8 +151,8 @@ impl VmEntry {
         channel.session() || channel.held_by().is_some() || channel.keeper.has_frontend()
     }
 
-    /// `chunks`: whether its agent knows them.
-    fn carrier(&self, chunks: Option<bool>) -> Carrier {
+    /// `chunks`: whether its agent knows them. `tried`: whether its VMM passes half-closes on, as was tried.
+    fn carrier(&self, chunks: Option<bool>, tried: Option<bool>) -> Carrier {
         let spec = self.spec();
         let reached = self.channel.reached();
         let (says, asked) = match (spec.carrier.word(), &reached) {
@@ -206,7 +206,13 @@ impl VmEntry {
             (Some(hybrid), _) => {
                 let shown = Carrier {
                     why: match (hybrid.half_closes, chunks) {
-                        (true, _) => says.into(),
+                        (true, _) => match tried {
+                            Some(true) => format!(
+                                "{says}; the VMM passes half-closes on, as was tried when the agent came"
+                            ),
+                            // It is a fault.
+                            Some(false) | None => says.into(),
+                        },
                         (false, Some(true)) => format!(
                             "{says}; the VMM takes a half-close for a close: chunks carry the ends of streams to the agent"
                         ),
@@ -275,11 +281,16 @@ impl VmEntry {
     }
 }
 
-/// What is believed of a VM: nothing but what its card says.
-fn labels(enrolment: &Enrolment) -> BTreeMap<String, String> {
+/// What a VM's labels are: those of the configuration, then those of a card that is believed.
+fn labels(
+    configured: &BTreeMap<String, String>,
+    enrolment: &Enrolment,
+) -> BTreeMap<String, String> {
     let believed = enrolment.card.as_ref().and_then(|card| card.as_ref().ok());
     let labels = believed.and_then(Believed::labels);
-    labels.cloned().unwrap_or_default()
+    let mut labels = labels.cloned().unwrap_or_default();
+    labels.extend(configured.clone());
+    labels
 }
 
 fn card(enrolment: &Enrolment) -> Option<Card> {

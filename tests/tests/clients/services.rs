@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use adit_tests::agent;
 use adit_tests::host::Host;
@@ -96,6 +97,64 @@ fn attached(mut client: impl Read + Write, url: &str, typed: &str, end: impl FnO
     let mut back = String::new();
     client.read_to_string(&mut back).unwrap();
     back
+}
+
+/// smolvm#238's kind: whoever has started a VM wants to know when what is in it listens, without asking again and again.
+#[test]
+fn a_port_and_a_service_are_waited_for_until_somebody_listens() {
+    let Some(bins) = bins() else { return };
+    // One that is free now.
+    let port = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let config = format!(
+        "[proxy]\nlisten = \"127.0.0.1:0\"\n\
+         [[vm]]\nname = \"web-1\"\ncid = 3\nallow = [{port}, 9]\nallow_services = [\"docker\"]\n"
+    );
+    let host = Host::start_configured(&bins, &config).unwrap();
+    let sockets = tempfile::tempdir().unwrap();
+    let docker = sockets.path().join("docker.sock");
+    let services = format!(
+        "[[service]]\nname = \"docker\"\nto = \"unix:{}\"\n",
+        docker.display()
+    );
+    agent::start_with(&host.vm_dir("web-1"), &[port], &services).unwrap();
+    let wait = |what: &str, timeout: &str| {
+        host.adit(&["wait", "web-1", "--for", what, "--timeout", timeout])
+            .unwrap()
+    };
+    let to_port = format!("port:{port}");
+    for what in [to_port.as_str(), "service:docker"] {
+        let out = wait(what, "700ms");
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(124), "{what}: {said}");
+        assert!(said.contains(what), "{said}");
+    }
+    std::thread::scope(|scope| {
+        let waits = [to_port.as_str(), "service:docker"].map(|what| {
+            let wait = &wait;
+            scope.spawn(move || wait(what, "60s"))
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        let listener = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+        daemon(&docker);
+        for wait in waits {
+            let out = wait.join().unwrap();
+            assert!(out.status.success(), "{out:?}");
+        }
+        // Somebody was there, said nothing, and has gone.
+        let (mut client, _) = listener.accept().unwrap();
+        assert_eq!(client.read(&mut [0]).unwrap_or(0), 0);
+    });
+    // Waiting changes nothing where the host or the guest forbids it.
+    for (what, says) in [("port:10", "`allow`"), ("port:9", "allow_ports")] {
+        let out = wait(what, "60s");
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        assert!(said.contains(says), "{said}");
+    }
+    assert_eq!(wait("port:http", "1s").status.code(), Some(2));
 }
 
 #[test]

@@ -249,6 +249,7 @@ fn no_driver(booted: &Booted) {
 /// What is wrong in a guest is one line with its remedy on the console and in the journal, and `adit vm show` says it.
 fn bad_input(booted: &Booted) {
     const STATE: &str = "/var/lib/adit-guest";
+    const CONFIG: &str = "/etc/adit-guest/adit-guest.toml";
     const DROP_IN: &str = "/run/systemd/system/adit-guest.service.d";
     let shown = || booted.adit(&["vm", "show", "web-1"]).1;
     let wait_shown = |what: &str, is: bool| {
@@ -257,6 +258,15 @@ fn bad_input(booted: &Booted) {
         });
         seen.unwrap_or_else(|e| panic!("{e}: {}\n{}", shown(), booted.log()));
     };
+    let put_card = |vm: &str, more: &[&str]| {
+        let new = ["card", "new", vm, "--word", "--sign", "enrol.key"];
+        let (status, card) = booted.adit(&[&new[..], more].concat());
+        assert_eq!(status, 0, "{card}");
+        format!("mkdir -p /etc/adit; echo {} > /etc/adit/card", card.trim())
+    };
+    // Over when its turn comes: nobody signs one that is over already.
+    let soon = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(5);
+    let no_card = || String::from("rm /etc/adit/card");
     let cases = [
         (
             "journal-corrupt",
@@ -279,10 +289,34 @@ fn bad_input(booted: &Booted) {
             ),
             format!("rm -r {DROP_IN}; systemctl daemon-reload"),
         ),
+        // The disk is full.
+        (
+            "no-space",
+            format!(
+                "cp -a {STATE} /root/kept2; mount -t tmpfs -o size=64k,mode=0700 full {STATE}; cp /root/kept2/enrol* /root/kept2/guest {STATE}; \
+                 dd if=/dev/zero of={STATE}/full bs=4096"
+            ),
+            format!("umount {STATE}"),
+        ),
         (
             "card-damaged",
             "mkdir -p /etc/adit; echo nothing > /etc/adit/card".into(),
-            "rm /etc/adit/card".into(),
+            no_card(),
+        ),
+        ("card-foreign", put_card("web-2", &[]), no_card()),
+        (
+            "card-expired",
+            put_card("web-1", &["--not-after", &soon.to_string()]),
+            no_card(),
+        ),
+        // Two cards that are believed, and an image that does not say which of the two VMs it is.
+        (
+            "card-doubled",
+            format!(
+                "{}; sed -i s/^vm_id/#vm_id/ {CONFIG}",
+                put_card("web-2", &[])
+            ),
+            format!("{}; sed -i s/^#vm_id/vm_id/ {CONFIG}", no_card()),
         ),
         (
             "it runs no task",

@@ -3,12 +3,12 @@
 use adit_names::{ServiceName, VmId};
 use adit_tasks::card::LABELS_MAX;
 
-use crate::access::vms::Vms;
 use crate::access::{May, Subject, subject};
 use crate::config::access::{self, Address};
 use crate::config::hosts::{self, Pin};
 use crate::config::{ALLOW_MAX, Pattern, Trust, UidRange};
 use crate::reach::Suffix;
+use adit_tasks::vms::Vms;
 
 /// What a key takes.
 #[derive(Clone, Copy, Debug)]

@@ -1,4 +1,4 @@
-//! Which VMs a grant is about.
+//! Some VMs, as a grant or a command line names them.
 //!
 //! | text | VMs |
 //! |---|---|
@@ -9,7 +9,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use adit_tasks::card::Labels;
+use crate::card::Labels;
 
 /// Longest text.
 const TEXT_MAX: usize = 160;
