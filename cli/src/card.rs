@@ -143,7 +143,7 @@ fn sign(new: &New, format: Format) -> Result<(), Failure> {
 }
 
 /// A guest's key: as a line, or in a file.
-fn guest_key(text: &str) -> Result<PublicKey, Failure> {
+pub fn guest_key(text: &str) -> Result<PublicKey, Failure> {
     let line = match PublicKey::parse(text) {
         Ok(key) => return Ok(key.without_comment()),
         Err(_) => read(Path::new(text), 4096)?,
@@ -166,7 +166,8 @@ pub fn trusted(files: &[PathBuf]) -> Result<TrustStore, Failure> {
     Ok(trust)
 }
 
-fn read(file: &Path, max: u64) -> Result<Vec<u8>, Failure> {
+/// A file, of which no more is read than this and one byte; `-`: standard input.
+pub fn read(file: &Path, max: u64) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     let done = match file.to_str() {
         Some("-") => io::stdin().take(max + 1).read_to_end(&mut bytes),

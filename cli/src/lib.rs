@@ -1,7 +1,7 @@
 //! `adit`: what people type. Talks to `aditd` on its Unix socket, or on another host (`server`); signs goals here, so that no key leaves the manager.
 //!
 //! A command is a module of its own (`vm`, `goal`, `task`, `access`, `key`, `card`, `trust`, `agent`, `image`, `connect`, `forward`, `gate`, `config`,
-//! `events`, `doctor`, `completion`, `exec`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
+//! `events`, `doctor`, `completion`, `exec`, `ticket`); `client` speaks HTTP, `proxy` opens tunnels, `output` prints,
 //! `error` says what failed, why and what to do next, and maps it to an exit status.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
@@ -27,6 +27,7 @@ mod resolve;
 mod server;
 mod task;
 mod text;
+mod ticket;
 mod trust;
 mod vm;
 
@@ -133,6 +134,9 @@ enum Command {
     Ps(exec::Ps),
     Attach(exec::Attach),
     Kill(exec::Kill),
+    /// Sign commands here that are brought to a VM from elsewhere
+    #[command(subcommand)]
+    Ticket(ticket::TicketCommand),
     /// Open a tunnel to a VM's port on standard input and output, or hand its socket to ssh
     Connect(connect::Connect),
     /// Listen on this host, and lead each connection to a VM's port
@@ -242,6 +246,7 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Ps(command) => exec::ps(command, &client()?, format).await?,
         Command::Attach(command) => return exec::attach(command, &client()?, format).await,
         Command::Kill(command) => exec::kill(command, &client()?, format).await?,
+        Command::Ticket(command) => return ticket::run(command, client, format).await,
         Command::Connect(command) => {
             cli.which.is_not_asked("connect")?;
             connect::connect(command).await?;

@@ -3,12 +3,13 @@
 //! | off | size | field |
 //! |---|---|---|
 //! | 0 | 1 | version, 1 |
-//! | 1 | 1 | what: 1 run, 2 attach, 3 list, 4 end, 5 shell |
+//! | 1 | 1 | what: 1 run, 2 attach, 3 list, 4 end, 5 what a ticket says, 6 shell |
 //! | 2 | 1 | length of the user's name, 0: any user, which run and shell do not take |
 //! | 3 | 1 | signal of 4; 0: end it with all that it has started |
-//! | 4 | .. | the user's name, then the program (run) or the session's id (attach, end) |
+//! | 4 | .. | the user's name, then the program (run), the session's id (attach, end), or what the client says of its ticket |
 //!
-//! aditd writes it, of what it has let through. So the guest takes the user from here, and the program that it starts is this one.
+//! aditd writes it, of what it has let through. So the guest takes the user from here, and the program that it starts is this one. Where
+//! there is a ticket, the guest takes both from that, and refuses it if they are not these.
 
 /// Most bytes of a user's name.
 pub const USER_MAX: usize = 64;
@@ -44,6 +45,8 @@ pub enum What {
         /// Number of the signal; 0: it is ended with all that it has started.
         signal: u8,
     },
+    /// What a ticket says that comes on the sealed stream: this is for whoever writes it down, and decides nothing.
+    Ticket(String),
 }
 
 impl Asked {
@@ -57,7 +60,8 @@ impl Asked {
             What::Attach(id) => (2, 0, id.as_str()),
             What::List => (3, 0, ""),
             What::End { id, signal } => (4, *signal, id.as_str()),
-            What::Shell => (5, 0, ""),
+            What::Ticket(of) => (5, 0, of.as_str()),
+            What::Shell => (6, 0, ""),
         };
         if user.len() > USER_MAX || what.len() > WHAT_MAX {
             return None;
@@ -84,7 +88,8 @@ impl Asked {
                 (2, 0) => What::Attach(what),
                 (3, 0) if what.is_empty() => What::List,
                 (4, signal) => What::End { id: what, signal },
-                (5, 0) if what.is_empty() => What::Shell,
+                (5, 0) => What::Ticket(what),
+                (6, 0) if what.is_empty() => What::Shell,
                 _ => return None,
             },
         };
@@ -114,7 +119,7 @@ mod tests {
                 b"\x01\x02\x03\x00ops3fa9",
             ),
             (asked(None, What::List), b"\x01\x03\x00\x00"),
-            (asked(Some("ops"), What::Shell), b"\x01\x05\x03\x00ops"),
+            (asked(Some("ops"), What::Shell), b"\x01\x06\x03\x00ops"),
             (
                 asked(
                     None,
@@ -124,6 +129,10 @@ mod tests {
                     },
                 ),
                 b"\x01\x04\x00\x0f3fa9",
+            ),
+            (
+                asked(Some("ops"), What::Ticket("attach 3fa9".into())),
+                b"\x01\x05\x03\x00opsattach 3fa9",
             ),
         ] {
             assert_eq!(asked.encode().unwrap(), bytes);
@@ -138,13 +147,14 @@ mod tests {
             b"\x01\x01\x04",
             // Another version; a kind that there is not; a signal to what takes none.
             b"\x02\x01\x04\x00rootls",
+            b"\x01\x07\x04\x00rootls",
             b"\x01\x06\x04\x00rootls",
-            b"\x01\x05\x04\x00rootls",
+            b"\x01\x05\x04\x01rootls",
             b"\x01\x01\x04\x09rootls",
             // A command of no user, or none.
             b"\x01\x01\x00\x00ls",
             b"\x01\x01\x04\x00root",
-            b"\x01\x05\x00\x00",
+            b"\x01\x06\x00\x00",
             // The user is longer than all there is.
             b"\x01\x01\x09\x00rootls",
             b"\x01\x03\x00\x00x",

@@ -19,6 +19,8 @@
 
 mod asked;
 mod client;
+#[cfg(feature = "seal")]
+pub mod seal;
 mod session;
 mod spool;
 mod stdin;

@@ -23,6 +23,8 @@ const SIGNAL_MAX: u8 = 31;
 /// Kind of the frames of a client's own messages that a session does not take.
 const NOT_NOW: &str = "it came once already, or is not for this session";
 
+const BOUND: &str = "its ticket says all that it gets, and this it does not say; what comes later needs a sealed stream";
+
 /// What a client's message asks of the session's processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
@@ -80,6 +82,8 @@ pub struct Session {
     exit_heard: bool,
     /// Which output is next.
     turn: usize,
+    /// A ticket has said all that the client may say.
+    bound: bool,
 }
 
 fn nth(out: Out) -> usize {
@@ -106,7 +110,13 @@ impl Session {
             exit_sent: false,
             exit_heard: false,
             turn: 0,
+            bound: false,
         }
+    }
+
+    /// Takes nothing from its client any more but what that has had: whoever carries the stream could have said it.
+    pub fn bind(&mut self, bound: bool) {
+        self.bound = bound;
     }
 
     /// How many bytes of an output it takes now; 0 also where it has ended.
@@ -192,7 +202,17 @@ impl Session {
     pub fn handle(&mut self, message: &ToGuest) -> Result<Option<Effect>, Violation> {
         let then = |fits: bool, what| fits.then_some(None).ok_or(Violation(what));
         match message {
-            ToGuest::Open(_) | ToGuest::Attach(_) => Err(Violation(NOT_NOW)),
+            ToGuest::Open(_) | ToGuest::Attach(_) | ToGuest::Ticket(_) | ToGuest::Seal(_) => {
+                Err(Violation(NOT_NOW))
+            }
+            ToGuest::Stdin { .. }
+            | ToGuest::StdinEnd { .. }
+            | ToGuest::Signal(_)
+            | ToGuest::Resize(_)
+                if self.bound =>
+            {
+                Err(Violation(BOUND))
+            }
             ToGuest::Stdin { offset, bytes } => then(
                 self.input && self.stdin.receive(*offset, bytes),
                 "its input is not the next, or more than is taken",

@@ -6,6 +6,8 @@
 //! list:                    ◄ Rows
 //! end:                     ◄ Done
 //! any:                     ◄ Refused, and the stream ends
+//! by a ticket, to run:     Ticket · Stdin* · StdinEnd? ─► as run; but of the client nothing is taken any more except Ack
+//! by a ticket, any:        Seal ─► ◄ Sealed; from there on records (`seal`), and in them Ticket, and then all of the above
 //! ```
 //! Message frames ([`adit_channel::frame`]), (kind, version 1):
 //!
@@ -18,6 +20,8 @@
 //! | 5 | client | a signal: postcard of its number, u8 |
 //! | 6 | client | postcard of [`Size`] |
 //! | 7 | client | what has arrived: postcard of the offsets of both outputs |
+//! | 8 | client | a ticket: its envelope |
+//! | 9 | client | the first message of a handshake |
 //! | 32 | guest | postcard of [`Started`] |
 //! | 33, 34 | guest | output, error output: as 3 |
 //! | 35 | guest | the command has taken the input as far as that: postcard of an offset, u64 |
@@ -26,6 +30,7 @@
 //! | 38 | guest | postcard of [`Refused`] |
 //! | 39 | guest | postcard of up to [`ROWS_MAX`] [`Row`]s |
 //! | 40 | guest | it is done: no body |
+//! | 41 | guest | the second message of a handshake |
 
 use std::collections::BTreeSet;
 
@@ -48,6 +53,8 @@ pub const TEXT_MAX: usize = 512;
 const CWD_MAX: usize = 4096;
 /// Most bytes of a session's id.
 const ID_MAX: usize = 32;
+/// Most bytes of a message of a handshake.
+const HANDSHAKE_MAX: usize = 256;
 /// Most bytes of a frame's body.
 pub const FRAME_MAX: u32 = 192 << 10;
 const VERSION: u16 = 1;
@@ -77,6 +84,20 @@ pub mod refusal {
     pub const CANNOT_RUN: u16 = 10;
     /// There is no stream to the guest: the host says so.
     pub const UNREACHABLE: u16 = 11;
+    /// The ticket is none that this guest believes, or not for what was asked for.
+    pub const TICKET: u16 = 12;
+    /// The ticket's time is over, or has not come.
+    pub const TICKET_TIME: u16 = 13;
+    /// The ticket was used, or may have been.
+    pub const TICKET_SPENT: u16 = 14;
+    /// What is asked for needs a sealed stream.
+    pub const NEEDS_SEAL: u16 = 15;
+    /// The input is not what the ticket says.
+    pub const TICKET_INPUT: u16 = 16;
+    /// It needs a ticket.
+    pub const NEEDS_TICKET: u16 = 17;
+    /// The stream is not sealed to this guest's key.
+    pub const SEAL: u16 = 18;
 }
 
 /// A command.
@@ -234,6 +255,8 @@ pub enum ToGuest {
     Signal(u8),
     Resize(Size),
     Ack { stdout: u64, stderr: u64 },
+    Ticket(Vec<u8>),
+    Seal(Vec<u8>),
 }
 
 /// From the guest.
@@ -254,6 +277,7 @@ pub enum ToClient {
     Refused(Refused),
     Rows(Vec<Row>),
     Done,
+    Sealed(Vec<u8>),
 }
 
 /// Why bytes are not of this protocol. Always the peer's fault.
@@ -340,6 +364,15 @@ impl Open {
     }
 }
 
+/// A frame whose body is these bytes.
+fn plain(kind: u16, bytes: &[u8]) -> Vec<u8> {
+    let mut out = framed(kind, &());
+    let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    out[..4].copy_from_slice(&len.to_le_bytes());
+    out.extend(bytes);
+    out
+}
+
 fn framed(kind: u16, body: &impl Serialize) -> Vec<u8> {
     // Plain values do serialise, and the senders keep to the limits; what is too long for a frame is nobody's to read.
     frame::encode(kind, VERSION, 0, 0, body).unwrap_or_default()
@@ -372,6 +405,8 @@ impl ToGuest {
             Self::Signal(number) => framed(5, number),
             Self::Resize(size) => framed(6, size),
             Self::Ack { stdout, stderr } => framed(7, &(stdout, stderr)),
+            Self::Ticket(envelope) => plain(8, envelope),
+            Self::Seal(message) => plain(9, message),
         }
     }
 }
@@ -388,6 +423,7 @@ impl ToClient {
             Self::Refused(refused) => framed(38, refused),
             Self::Rows(rows) => framed(39, rows),
             Self::Done => framed(40, &()),
+            Self::Sealed(message) => plain(41, message),
         }
     }
 }
@@ -426,6 +462,10 @@ fn bounded<T>(header: &Header, is_bounded: bool, value: T) -> Result<T, WireErro
         .ok_or(WireError::TooMuch { kind })
 }
 
+fn handshake(header: &Header, body: &[u8]) -> Result<Vec<u8>, WireError> {
+    bounded(header, body.len() <= HANDSHAKE_MAX, body.to_vec())
+}
+
 impl Message for ToGuest {
     fn read(header: &Header, body: &[u8]) -> Result<Self, WireError> {
         if header.version != VERSION {
@@ -447,6 +487,8 @@ impl Message for ToGuest {
                 let (stdout, stderr) = header.decode(body)?;
                 Self::Ack { stdout, stderr }
             }
+            8 => Self::Ticket(body.to_vec()),
+            9 => Self::Seal(handshake(header, body)?),
             _ => return Err(unknown(header)),
         })
     }
@@ -498,6 +540,7 @@ impl Message for ToClient {
                 header.decode::<()>(body)?;
                 Self::Done
             }
+            41 => Self::Sealed(handshake(header, body)?),
             _ => return Err(unknown(header)),
         })
     }
@@ -626,6 +669,14 @@ mod tests {
                 },
                 b"\x03\0\0\0\x07\0\x01\0\0\0\0\0\0\0\0\0\xac\x02\x01",
             ),
+            (
+                ToGuest::Ticket(b"{}".to_vec()),
+                b"\x02\0\0\0\x08\0\x01\0\0\0\0\0\0\0\0\0{}",
+            ),
+            (
+                ToGuest::Seal(b"ee".to_vec()),
+                b"\x02\0\0\0\x09\0\x01\0\0\0\0\0\0\0\0\0ee",
+            ),
         ] {
             assert_eq!(message.encode(), bytes, "{message:?}");
             round(bytes, &message);
@@ -714,7 +765,7 @@ mod tests {
         decoder.push(&ToGuest::Signal(1).encode());
         assert!(decoder.poll_frame::<ToClient>().is_err());
         // A later version's, which may be skipped.
-        let mut bytes = frame::encode(9, 1, 0, frame::IGNORABLE, &7_u8).unwrap();
+        let mut bytes = frame::encode(19, 1, 0, frame::IGNORABLE, &7_u8).unwrap();
         bytes.extend(ToGuest::Signal(1).encode());
         let mut decoder = Decoder::default();
         decoder.push(&bytes);

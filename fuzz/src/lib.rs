@@ -16,6 +16,7 @@
 //! | `attach` | both sides' words, and the head of a region | two new sides reach a session |
 //! | `card` | the platform's and a signer's: a card, and the places that it is carried in | JSON without rules; what is believed is in its limits |
 //! | `trust` | the host's and a signer's: a trust document, where it is carried, and what a guest keeps of it | JSON without rules; what is taken is in its limits, and no revoked key is left |
+//! | `ticket` | a signer's and the host's: a ticket, a sealed stream, and which tickets come again while the clock goes anywhere | JSON without rules; what is believed is in its limits, nothing comes out that was not sealed, none is used twice |
 //! | `policy` | a guest's policy file | its limits; mistakes have places; a rule less allows nothing more |
 //! | `package` | the host's: an agent's package, and what is said to carry files and orders | JSON without rules; what is taken is in its limits, and written again is the same |
 //! | `http_head` | a client's head of a request | a second reader, as hyper has it; written anew it stays |
@@ -66,6 +67,7 @@ mod ring_packet;
 mod shell;
 mod socks5;
 mod succession;
+mod ticket;
 mod trust;
 mod vhost_user_messages;
 mod vsock_packet;
@@ -76,7 +78,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 26] = [
+pub const TARGETS: [(&str, Target); 27] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -91,6 +93,7 @@ pub const TARGETS: [(&str, Target); 26] = [
     ("ring_function", ring_function::run),
     ("card", card::run),
     ("trust", trust::run),
+    ("ticket", ticket::run),
     ("package", package::run),
     ("policy", policy::run),
     ("http_head", http_head::run),

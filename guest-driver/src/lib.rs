@@ -41,6 +41,7 @@ pub mod serve;
 pub mod session;
 pub mod show;
 mod sys;
+pub mod tickets;
 pub mod transport;
 pub mod trust;
 pub mod upgrade;

@@ -86,7 +86,7 @@ pub fn run(
     let agent = Agent::new(live.clone(), upgrade.clone());
     let server = Server::new(ports, blobs, Some(agent), identity.clone());
     server.offer(services);
-    let exec = Exec::new("/proc/self/exe".as_ref(), &run_dir);
+    let exec = Exec::new("/proc/self/exe".as_ref(), live.clone());
     server.runs(exec.map_err(system("make the directory of sessions usable"))?);
     server.govern(live.policy());
     let hup = (live.clone(), server.clone());

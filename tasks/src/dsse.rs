@@ -28,6 +28,8 @@ pub const CARD_TYPE: &str = "application/vnd.adit.card.v1+json";
 pub const TRUST_TYPE: &str = "application/vnd.adit.trust.v1+json";
 /// The type of an agent's package.
 pub const AGENT_TYPE: &str = "application/vnd.adit.agent.v1+json";
+/// The type of a ticket's envelope.
+pub const TICKET_TYPE: &str = "application/vnd.adit.ticket.v1+json";
 /// Most bytes of a goal's envelope.
 pub const ENVELOPE_MAX: usize = 256 << 10;
 /// Most bytes of a card's envelope: it has to fit into what a platform hands to its guest.
@@ -36,6 +38,8 @@ pub const CARD_MAX: usize = 1024;
 pub const TRUST_MAX: usize = 16 << 10;
 /// Most bytes of the envelope of an agent's package.
 pub const AGENT_MAX: usize = 2048;
+/// Most bytes of a ticket's envelope: it is one frame.
+pub const TICKET_MAX: usize = 128 << 10;
 /// Most signatures of an envelope.
 pub const SIGNATURES_MAX: usize = 8;
 
@@ -50,6 +54,8 @@ pub enum Type {
     Trust,
     /// Which program a guest's agent is.
     Agent,
+    /// What a guest is to do at once.
+    Ticket,
 }
 
 impl Type {
@@ -60,6 +66,7 @@ impl Type {
             Self::Card => CARD_TYPE,
             Self::Trust => TRUST_TYPE,
             Self::Agent => AGENT_TYPE,
+            Self::Ticket => TICKET_TYPE,
         }
     }
 
@@ -69,6 +76,7 @@ impl Type {
             Self::Goal => Role::Goal,
             Self::Card | Self::Trust => Role::Card,
             Self::Agent => Role::Agent,
+            Self::Ticket => Role::Exec,
         }
     }
 
@@ -79,6 +87,7 @@ impl Type {
             Self::Card => CARD_MAX,
             Self::Trust => TRUST_MAX,
             Self::Agent => AGENT_MAX,
+            Self::Ticket => TICKET_MAX,
         }
     }
 }
@@ -414,6 +423,8 @@ mod tests {
             (Type::Card, "goal,exec,agent", false),
             (Type::Trust, "card", true),
             (Type::Trust, "goal,exec,agent", false),
+            (Type::Ticket, "exec", true),
+            (Type::Ticket, "card,goal,agent", false),
         ] {
             let text = sign_as(of, b"{}", &key());
             let envelope = Envelope::parse_as(of, text.as_bytes()).unwrap();

@@ -110,6 +110,11 @@ impl PublicKey {
         self.key.to_bytes()
     }
 
+    /// The same key on Curve25519's other form, as one that a stream is sealed to (RFC 7748).
+    pub fn exchange(&self) -> [u8; 32] {
+        self.key.to_montgomery().to_bytes()
+    }
+
     /// The key of these bytes.
     ///
     /// # Errors

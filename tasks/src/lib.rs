@@ -12,6 +12,7 @@
 //! | `draft` | what a person writes (feature `yaml`) |
 //! | `card` | who a guest is |
 //! | `trust` | whom guests are to trust, and whom no longer |
+//! | `ticket` | one thing that a guest is to do at once |
 //! | `package`, `order` | which program a guest's agent is to be; the messages that say so |
 //! | `dsse`, `key`, `anchor` | envelopes and signatures; keys; trust anchors and their roles |
 //! | `plan` | goal and VM → tasks with derived ids |
@@ -41,6 +42,7 @@ pub mod plain;
 pub mod plan;
 mod principal;
 pub mod recent;
+pub mod ticket;
 pub mod trust;
 pub mod vms;
 pub mod window;
@@ -58,3 +60,4 @@ pub use package::Package;
 pub use plain::plain;
 pub use plan::{PlannedTask, plan, task_id};
 pub use principal::Principal;
+pub use ticket::Ticket;

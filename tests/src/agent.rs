@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use adit_channel::ring::RingBells;
 use adit_guest_driver::config::Config;
+use adit_guest_driver::enrol;
+use adit_guest_driver::live::Live;
 use adit_guest_driver::policy::{Standing, parse};
 use adit_guest_driver::serve::exec::Exec;
 use adit_guest_driver::serve::{Identity, Server, blob};
@@ -39,7 +41,8 @@ pub fn start_with(vm: &Path, ports: &[u16], services: &str) -> anyhow::Result<()
     begin(vm, ports, services, |_| Ok(()))
 }
 
-/// The same for commands, too: sessions are processes of `program`, found in `run_dir`, and this policy decides.
+/// The same for commands, too: sessions are processes of `program`, found in `run_dir`, and this policy decides. Below
+/// `run_dir` are also its state (`state`) and the keys that it trusts (`trust`).
 ///
 /// # Errors
 /// As [`start`], or the agent would not take the policy.
@@ -53,7 +56,21 @@ pub fn start_running(
     begin(vm, ports, "", |server| {
         let text = parse::parse(policy.as_bytes());
         let text = text.map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
-        server.runs(Exec::new(program, run_dir)?);
+        let file = run_dir.join("adit-guest.toml");
+        let name = vm.file_name().context("a VM's directory")?;
+        let at = |below: &str| run_dir.join(below).display().to_string();
+        let config = format!(
+            "vm_id = {:?}\nrun_dir = {:?}\nstate_dir = {:?}\ntrust_dir = {:?}\n",
+            name.to_string_lossy(),
+            run_dir.display().to_string(),
+            at("state"),
+            at("trust")
+        );
+        std::fs::write(&file, config)?;
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        let config = Config::load(&file)?;
+        let enrolment = enrol::at_start(&config);
+        server.runs(Exec::new(program, Arc::new(Live::new(config, enrolment)))?);
         server.govern(Arc::new(Standing::of("policy.toml".as_ref(), text)));
         Ok(())
     })

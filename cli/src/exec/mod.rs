@@ -7,6 +7,7 @@ mod all;
 mod files;
 mod sessions;
 mod shell;
+pub mod sign;
 mod stream;
 mod terminal;
 mod typed;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use adit_exec::{Open, ToGuest, What};
+use adit_tasks::ticket::{Input, Run, Verb};
 use adit_tasks::vms::Vms;
 use clap::Args;
 
@@ -42,6 +44,8 @@ Examples:
   adit exec -t web-1 -- top
   id=$(adit exec --detach web-1 -- make -C /srv) && adit attach $id
   adit exec --all label:tier=web -- systemctl is-active nginx
+  adit exec --sign ops.key web-1 -- uptime                            # signed here: where the guest does not believe its host
+  adit exec --sign ops.key --seal --guest-pk web-1.pk -t web-1 -- top # and sealed end to end
 
 The command is elements, not a line: no shell reads it, on either side. It gets PATH, HOME, USER, LOGNAME, SHELL and LANG of
 its user, what --env says, and nothing of this side. Without -i it has no input.
@@ -93,11 +97,16 @@ pub struct Exec {
     #[arg(long, conflicts_with = "interactive")]
     detach: bool,
     /// Run it in all of this host's VMs that this names: `label:NAME=VALUE`, or a name with one `*`
-    #[arg(long, value_name = "VMS", conflicts_with_all = ["vm", "interactive", "tty", "detach"])]
+    #[arg(long, value_name = "VMS", conflicts_with_all = ["vm", "interactive", "tty", "detach", "sign"])]
     all: Option<Vms>,
     /// In so many of them at once
     #[arg(long, value_name = "N", default_value = "16", requires = "all", value_parser = clap::value_parser!(u16).range(1..=256))]
     parallel: u16,
+    #[command(flatten)]
+    sign: sign::Sign,
+    /// Seal all of it to the guest's key, with --sign: also a terminal, live input and signals
+    #[arg(long, requires = "sign")]
+    seal: bool,
     /// Name of the VM
     #[arg(add = completion::vms(), required_unless_present = "all")]
     vm: Option<String>,
@@ -130,9 +139,9 @@ fn with_term(mut env: Variables) -> Variables {
 }
 
 /// Names and values.
-type Variables = Vec<(Vec<u8>, Vec<u8>)>;
+pub type Variables = Vec<(Vec<u8>, Vec<u8>)>;
 
-fn env(pairs: &[String]) -> Result<Variables, Failure> {
+pub fn env(pairs: &[String]) -> Result<Variables, Failure> {
     use std::os::unix::ffi::OsStringExt;
     let one = |pair: &String| match pair.split_once('=') {
         Some((name, value)) => Ok((name.into(), value.into())),
@@ -187,7 +196,6 @@ async fn run_it(exec: &Exec, client: &Client, format: Format) -> Result<ExitCode
     };
     open.check()
         .map_err(|e| usage(format!("the command cannot be run: {e}")))?;
-    let what = What::Run(program.to_owned());
     let vm = match (&exec.vm, &exec.all) {
         (Some(vm), _) => vm,
         (None, Some(vms)) => {
@@ -197,25 +205,114 @@ async fn run_it(exec: &Exec, client: &Client, format: Format) -> Result<ExitCode
         }
         (None, None) => return Err(usage("no VM is named")),
     };
-    let mut stream = stream::open(client, vm, Some(&exec.user), &what).await?;
-    stream.say(&ToGuest::Open(open)).await?;
-    if exec.detach {
-        let started = stream.started().await?;
-        let id = format!("{vm}/{}", started.id);
-        match format {
-            Format::Json => output::json(&serde_json::json!({ "session": id }))?,
-            Format::Table => output::line(id)?,
+    let signed = exec.sign.sign.is_some();
+    let mut stream = match signed {
+        true => by_ticket(exec, vm, open, client).await?,
+        false => {
+            let what = What::Run(program.to_owned());
+            let mut stream = stream::open(client, vm, Some(&exec.user), &what).await?;
+            stream.say(&ToGuest::Open(open)).await?;
+            stream
         }
-        return Ok(ExitCode::SUCCESS);
+    };
+    if exec.detach {
+        return detached(&mut stream, vm, format).await;
     }
+    let is_bound = signed && !exec.seal;
     let carries = Carries {
-        input: exec.interactive || exec.tty,
+        input: (exec.interactive || exec.tty) && !is_bound,
         tty: exec.tty,
         escapes: false,
-        signals: Signals::Forwarded,
+        signals: match is_bound {
+            true => Signals::Cut,
+            false => Signals::Forwarded,
+        },
     };
     match stream.carry(carries).await? {
         Ended::Exit(exit) => Ok(stream::status(&exit)),
         Ended::Left(_) => Ok(ExitCode::SUCCESS),
     }
+}
+
+/// A stream for a command that is signed here.
+async fn by_ticket(
+    exec: &Exec,
+    vm: &str,
+    open: Open,
+    client: &Client,
+) -> Result<stream::Stream, Failure> {
+    if exec.tty && !exec.seal {
+        return Err(
+            usage("a terminal cannot be signed: the host could type into it")
+                .help("give --seal: then all of it is sealed to the guest's key"),
+        );
+    }
+    let (names, values): (Vec<_>, Vec<_>) = open.env.into_iter().unzip();
+    let (names, values) = (sign::texts(&names)?, sign::texts(&values)?);
+    let mut run = Run {
+        argv: sign::texts(&open.argv)?,
+        env: names.into_iter().zip(values).collect(),
+        cwd: exec.cwd.clone().unwrap_or_default(),
+        tty: open.tty.map(|size| (size.rows, size.cols)),
+        stdin: match open.stdin {
+            true => Input::Live,
+            false => Input::None,
+        },
+        timeout_ms: open.timeout_ms,
+        detach: open.detach,
+    };
+    if exec.seal {
+        let to = (vm, Some(exec.user.as_str()));
+        return sign::sealed(client, to, Verb::Run(run), &exec.sign).await;
+    }
+    let key = exec.sign.key()?.ok_or_else(|| usage("--sign is missing"))?;
+    let mut input = Vec::new();
+    if open.stdin {
+        (input, run.stdin) = sign::whole_stdin()?;
+    }
+    let from = (jiff::Timestamp::now(), exec.sign.life()?);
+    let ticket = sign::ticket(vm, &exec.user, Verb::Run(run), from)?;
+    let envelope = sign::signed(&ticket, &key)?;
+    sign::bring(client, &ticket, envelope, &input).await
+}
+
+/// Runs what a ticket says that was signed elsewhere. `input`: what it has a digest of.
+pub async fn run_ticket(
+    client: &Client,
+    ticket: &adit_tasks::Ticket,
+    envelope: Vec<u8>,
+    input: &[u8],
+    format: Format,
+) -> Result<ExitCode, Failure> {
+    let done = async {
+        let mut stream = sign::bring(client, ticket, envelope, input).await?;
+        if matches!(&ticket.verb, Verb::Run(run) if run.detach) {
+            return detached(&mut stream, ticket.vm_id.as_str(), format).await;
+        }
+        let carries = Carries {
+            input: false,
+            tty: false,
+            escapes: false,
+            signals: Signals::Cut,
+        };
+        match stream.carry(carries).await? {
+            Ended::Exit(exit) => Ok(stream::status(&exit)),
+            Ended::Left(_) => Ok(ExitCode::SUCCESS),
+        }
+    };
+    done.await.map_err(ours)
+}
+
+async fn detached(
+    stream: &mut stream::Stream,
+    vm: &str,
+    format: Format,
+) -> Result<ExitCode, Failure> {
+    let started = stream.started().await?;
+    let id = format!("{vm}/{}", started.id);
+    match format {
+        Format::Json => output::json(&serde_json::json!({ "session": id }))?,
+        Format::Table => output::line(id)?,
+    }
+    Ok(ExitCode::SUCCESS)
 }

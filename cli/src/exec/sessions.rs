@@ -4,11 +4,13 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use adit_exec::{How, Row, Started, ToGuest, What};
+use adit_tasks::ticket::{self, Verb};
 use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::stream::{self, Carries, Ended, Signals};
+use super::sign::{self, Sign};
+use super::stream::{self, Carries, Ended, Signals, Stream};
 use super::{ours, terminal};
 use crate::client::Client;
 use crate::completion;
@@ -52,6 +54,8 @@ pub struct Ps {
     /// Those of this user of the guest alone; whoever may not run commands as any user has to say which
     #[arg(long)]
     user: Option<String>,
+    #[command(flatten)]
+    sign: Sign,
 }
 
 /// Show what a command writes that was started with --detach, until it ends
@@ -66,6 +70,8 @@ pub struct Attach {
     /// The session is of this user; whoever may not run commands as any user has to say which
     #[arg(long)]
     user: Option<String>,
+    #[command(flatten)]
+    sign: Sign,
 }
 
 /// End a command that `adit exec` has started, with all that it has started
@@ -80,6 +86,21 @@ pub struct Kill {
     /// The session is of this user; whoever may not run commands as any user has to say which
     #[arg(long)]
     user: Option<String>,
+    #[command(flatten)]
+    sign: Sign,
+}
+
+/// A stream for one of these: at the host's word, or sealed, with a ticket.
+async fn open(
+    client: &Client,
+    (vm, user): (&str, Option<&str>),
+    (what, verb): (&What, Verb),
+    sign: &Sign,
+) -> Result<Stream, Failure> {
+    match &sign.sign {
+        Some(_) => sign::sealed(client, (vm, user), verb, sign).await,
+        None => stream::open(client, vm, user, what).await,
+    }
 }
 
 #[derive(Clone)]
@@ -169,7 +190,8 @@ impl Shown {
 pub async fn ps(ps: &Ps, client: &Client, format: Format) -> Result<(), Failure> {
     let listed = async {
         let user = ps.user.as_deref();
-        let mut stream = stream::open(client, &ps.vm, user, &What::List).await?;
+        let of = (&What::List, Verb::List(ticket::List {}));
+        let mut stream = open(client, (&ps.vm, user), of, &ps.sign).await?;
         stream.rows().await
     };
     let rows = listed.await.map_err(ours)?;
@@ -211,7 +233,9 @@ pub async fn attach(attach: &Attach, client: &Client, _: Format) -> Result<ExitC
 async fn attach_to(attach: &Attach, client: &Client) -> Result<ExitCode, Failure> {
     let Id { vm, id } = &attach.id;
     let what = What::Attach(id.clone());
-    let mut stream = stream::open(client, vm, attach.user.as_deref(), &what).await?;
+    let session = id.clone();
+    let of = (&what, Verb::Attach(ticket::Attach { session }));
+    let mut stream = open(client, (vm, attach.user.as_deref()), of, &attach.sign).await?;
     let since = attach.since;
     let from = adit_exec::Attach {
         stdout: since.map(|since| since.0),
@@ -248,7 +272,12 @@ pub async fn kill(kill: &Kill, client: &Client, format: Format) -> Result<(), Fa
         signal: kill.signal.unwrap_or(0),
     };
     let done = async {
-        let mut stream = stream::open(client, vm, kill.user.as_deref(), &what).await?;
+        let of = Verb::End(ticket::End {
+            session: id.clone(),
+            signal: kill.signal.unwrap_or(0),
+        });
+        let to = (vm.as_str(), kill.user.as_deref());
+        let mut stream = open(client, to, (&what, of), &kill.sign).await?;
         stream.done().await
     };
     done.await.map_err(ours)?;

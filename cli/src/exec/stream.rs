@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use adit_client::Upgraded;
+use adit_exec::seal::{Keys, Sealed};
 use adit_exec::{
     Asked, Client as Half, ClientError, DATA_MAX, Decoder, Exit, Heard, How, Out, Refused, Row,
-    Started, ToGuest, What, refusal,
+    Started, ToClient, ToGuest, What, refusal,
 };
 use adit_print::PrintError;
 use hyper_util::rt::TokioIo;
@@ -46,6 +47,8 @@ pub(super) enum Signals {
     Forwarded,
     /// We leave, and the command goes on.
     Leave,
+    /// We leave, and the command ends with that: it has a ticket, which says of no signal.
+    Cut,
 }
 
 /// How it ended.
@@ -59,6 +62,8 @@ pub(super) enum Ended {
 /// A stream.
 pub(super) struct Stream {
     io: TokioIo<Upgraded>,
+    /// It is sealed to the guest's key.
+    sealed: Option<Sealed>,
     decoder: Decoder,
     half: Half,
 }
@@ -84,6 +89,7 @@ pub(super) async fn open(
     let io = client.upgrade(&path, PROTOCOL).await?;
     Ok(Stream {
         io,
+        sealed: None,
         decoder: Decoder::default(),
         half: Half::new(),
     })
@@ -105,6 +111,7 @@ fn query(user: Option<&str>, what: &What) -> String {
                 query.append_pair("signal", &signal.to_string());
             }
         }
+        What::Ticket(of) => drop(query.append_pair("ticket", of)),
     }
     query.finish()
 }
@@ -146,6 +153,25 @@ pub(super) fn no(refused: &Refused) -> Failure {
         refusal::NO_PROGRAM => ("unknown-program", 127, ""),
         refusal::CANNOT_RUN => ("cannot-run", 126, ""),
         refusal::UNREACHABLE => ("unreached", WAY, "`adit doctor VM` says what is wrong"),
+        refusal::TICKET => ("bad-ticket", OWN, ""),
+        refusal::TICKET_TIME => ("ticket-time", OWN, ""),
+        refusal::TICKET_SPENT => (
+            "ticket-spent",
+            OWN,
+            "sign another: whether this one has run, the guest's log says",
+        ),
+        refusal::TICKET_INPUT => ("ticket-input", OWN, "the input was changed on the way"),
+        refusal::NEEDS_SEAL => (
+            "needs-seal",
+            OWN,
+            "give --seal, with the guest's key as --guest-pk",
+        ),
+        refusal::NEEDS_TICKET => (
+            "needs-ticket",
+            OWN,
+            "give --sign KEY, with a key that the guest trusts for `exec`",
+        ),
+        refusal::SEAL => ("other-key", OWN, ""),
         _ => ("refused", OWN, ""),
     };
     Failure::new(code, refused.text.clone())
@@ -180,7 +206,53 @@ impl Stream {
         self.send(&message.encode()).await
     }
 
+    /// What answers the first message of a handshake.
+    pub(super) async fn handshake(&mut self) -> Result<Vec<u8>, Failure> {
+        let mut piece = vec![0; 4096];
+        loop {
+            match self.decoder.poll_frame::<ToClient>().map_err(broken)? {
+                Some(ToClient::Sealed(message)) => return Ok(message),
+                Some(ToClient::Refused(refused)) => return Err(no(&refused)),
+                Some(_) => return Err(lies(ClientError::NotDue)),
+                None => match self.io.read(&mut piece).await.map_err(broken)? {
+                    0 => return Err(broken("it ended")),
+                    n => self.decoder.push(&piece[..n]),
+                },
+            }
+        }
+    }
+
+    /// From here on all of it is sealed.
+    pub(super) fn seal(&mut self, keys: Keys) {
+        let mut sealed = Sealed::new(keys);
+        // What came behind the handshake is a record.
+        sealed.push(self.decoder.rest());
+        self.decoder = Decoder::default();
+        self.sealed = Some(sealed);
+    }
+
+    /// Takes what was read.
+    fn push(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        let Some(sealed) = &mut self.sealed else {
+            self.decoder.push(bytes);
+            return Ok(());
+        };
+        let mut plain = Vec::new();
+        sealed.push(bytes);
+        let opened = sealed.open(&mut plain);
+        self.decoder.push(&plain);
+        opened.map_err(broken)
+    }
+
     async fn send(&mut self, frame: &[u8]) -> Result<(), Failure> {
+        let mut record = Vec::new();
+        let frame = match &mut self.sealed {
+            Some(sealed) => {
+                sealed.seal(frame, &mut record).map_err(broken)?;
+                &record
+            }
+            None => frame,
+        };
         let sent = async {
             self.io.write_all(frame).await?;
             self.io.flush().await
@@ -199,7 +271,7 @@ impl Stream {
             }
             match self.io.read(&mut piece).await.map_err(broken)? {
                 0 => return Err(broken("it ended")),
-                n => self.decoder.push(&piece[..n]),
+                n => self.push(&piece[..n])?,
             }
         }
     }
@@ -358,7 +430,7 @@ impl Carrying {
                 read = stream.io.read(&mut piece), if !self.writing && exit.is_none() => {
                     match read.map_err(broken)? {
                         0 => return Err(broken("it ended without the command's end")),
-                        n => stream.decoder.push(&piece[..n]),
+                        n => stream.push(&piece[..n])?,
                     }
                     exit = self.take(stream, exit)?;
                 }
@@ -439,6 +511,11 @@ impl Carrying {
                     "Ctrl-C: the command is left, and ends with that",
                 ));
             }
+        }
+        if self.signals == Signals::Cut {
+            return Err(Failure::interrupted(
+                "the command is left, and ends with that: where only a ticket counts, signals need --seal",
+            ));
         }
         stream.say(&ToGuest::Signal(number)).await?;
         Ok(false)

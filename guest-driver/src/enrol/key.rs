@@ -39,12 +39,17 @@ impl GuestKey {
     /// # Errors
     /// It is there, and cannot be read.
     pub fn read(state_dir: &Path) -> io::Result<Option<Self>> {
-        let text = match fs::read_to_string(state_dir.join(FILE)) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            text => Zeroizing::new(text?),
-        };
-        let private = parse_private(&text).map_err(io::Error::other)?;
-        Ok(Some(Self::of(&private)))
+        Ok(private(state_dir)?.map(|private| Self::of(&private)))
+    }
+
+    /// The private half as one that streams are sealed to: the same key on Curve25519's other form, as its public half is there. So what
+    /// pins the guest pins this, too; nothing else is to be kept, signed or revoked, and a copy that enrols anew has another.
+    ///
+    /// # Errors
+    /// It is there, and cannot be read.
+    pub fn exchange(state_dir: &Path) -> io::Result<Option<Zeroizing<[u8; 32]>>> {
+        let private = private(state_dir)?;
+        Ok(private.map(|key| Zeroizing::new(key.to_scalar_bytes())))
     }
 
     /// Makes a key, on disk when this returns.
@@ -82,6 +87,15 @@ impl GuestKey {
         let public = PublicKey::of(private, "");
         Self { public }
     }
+}
+
+fn private(state_dir: &Path) -> io::Result<Option<SigningKey>> {
+    let text = match fs::read_to_string(state_dir.join(FILE)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => Zeroizing::new(text?),
+    };
+    let private = parse_private(&text).map_err(io::Error::other)?;
+    Ok(Some(private))
 }
 
 /// Where the keys are that the guests had whose disks this one's is a copy of. Only somebody who knows better takes one out of there.

@@ -13,6 +13,7 @@ use super::{kept, key};
 use crate::config::Config;
 use crate::journal;
 use crate::serve::blob;
+use crate::tickets;
 
 /// Why an image is not sealed. Nothing was removed, unless it says what could not be.
 #[derive(Debug, thiserror::Error)]
@@ -83,16 +84,14 @@ pub fn seal(config: &Config, keep_vm_id: bool) -> Result<Vec<PathBuf>, SealError
             Err(source) => return Err(SealError::Io { path, source }),
         }
     }
-    // What the host has sent: it is sent again to whoever needs it. The agent's own programs stay, and which are too old.
-    let blobs = config.state_dir.join(blob::DIR);
-    match fs::remove_dir_all(&blobs) {
-        Ok(()) => gone.push(blobs),
-        Err(e) if e.kind() == ErrorKind::NotFound => {}
-        Err(source) => {
-            return Err(SealError::Io {
-                path: blobs,
-                source,
-            });
+    // What the host has sent: it is sent again to whoever needs it. The agent's own programs stay, and which are too old. Tickets name
+    // their VM, which no copy is.
+    for dir in [blob::DIR, tickets::DIR] {
+        let path = config.state_dir.join(dir);
+        match fs::remove_dir_all(&path) {
+            Ok(()) => gone.push(path),
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(source) => return Err(SealError::Io { path, source }),
         }
     }
     for dir in gone.iter().filter_map(|path| path.parent()) {

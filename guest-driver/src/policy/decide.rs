@@ -485,6 +485,11 @@ impl Policy {
         (of_steps.chain(of_exec).collect(), groups.collect())
     }
 
+    /// Whether any rule has commands run.
+    pub fn lets_anybody(&self) -> bool {
+        self.exec.iter().any(|rule| rule.allow.value != Exec::Off)
+    }
+
     /// Whether any rule lets the host have commands run.
     pub fn lets_host(&self) -> bool {
         self.exec.iter().any(|rule| rule.allow.value == Exec::Host)

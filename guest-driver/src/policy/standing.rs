@@ -215,10 +215,10 @@ impl Standing {
         }
     }
 
-    /// Whether the host may have any command run at all, and anything that runs shown: what is off is off for all that is asked.
+    /// Whether any command may be run at all, because the host says so or a ticket: what is off is off for all that is asked.
     ///
     /// # Errors
-    /// It may not: there is no policy, or it has no rule that lets the host.
+    /// None may: there is no policy, or it has no rule for commands.
     pub fn exec_at_all(&self) -> Result<(), Refusal> {
         let denied = |why: String| Err(Refusal::new(Code::Denied, why));
         match &self.force {
@@ -229,25 +229,40 @@ impl Standing {
                 "commands are off in this guest: its policy {} cannot be used",
                 file.display()
             )),
-            Force::Policy(policy) if policy.1.lets_host() => Ok(()),
+            Force::Policy(policy) if policy.1.lets_anybody() => Ok(()),
             Force::Policy(policy) => denied(format!(
-                "commands are off in this guest: no [[exec]] of its policy {} has `allow = \"host\"`",
+                "commands are off in this guest: no [[exec]] of its policy {} has `allow = \"host\"` or `allow = \"ticket\"`",
                 policy.0.display()
             )),
         }
     }
 
-    /// Whether the host may have this program run as this user.
+    /// Whether the host may have what runs shown, attached to and ended by its word alone.
+    ///
+    /// # Errors
+    /// It may not: no rule lets it have any command run.
+    pub fn exec_by_host(&self) -> Result<(), String> {
+        match &self.force {
+            Force::Policy(policy) if policy.1.lets_host() => Ok(()),
+            Force::Policy(policy) => Err(format!(
+                "this needs a signed ticket and a sealed stream: no [[exec]] of the guest's policy {} has `allow = \"host\"`",
+                policy.0.display()
+            )),
+            Force::None | Force::Closed(_) => Err("commands are off in this guest".into()),
+        }
+    }
+
+    /// Whether this program may be run as this user: because a ticket says so, or the host alone.
     ///
     /// # Errors
     /// It may not; where that is said, and why.
-    pub fn exec(&self, user: &str, program: &str) -> Result<(), String> {
+    pub fn exec(&self, user: &str, program: &str, ticket: bool) -> Result<(), String> {
         self.exec_at_all()
             .map_err(|refusal| refusal.text().to_owned())?;
         let request = Request::Exec {
             user: accounts::user(user, &System),
             command: program,
-            ticket: false,
+            ticket,
         };
         let answer = self.answer(&request, &System);
         match answer.allowed {

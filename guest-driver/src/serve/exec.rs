@@ -5,9 +5,13 @@
 //!   run:     the program found ─► policy: this user, this program? ─► a session process gets the stream
 //!   attach:  the session's socket gets the stream
 //!   list, end: the sockets are asked
+//!   a ticket: see `ticketed`
 //! ```
 //! As whom and which program is what the hello says, which aditd has written of what it has let through. The agent is done with a stream
 //! once a session process has it; of a stream that is no socket of the kernel's it carries the bytes.
+
+mod talk;
+mod ticketed;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -20,28 +24,32 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use adit_channel::frame;
 use adit_channel::hello::Open as Hello;
 use adit_channel::refusal::{Code, Refusal};
-use adit_exec::{
-    Asked, FRAME_MAX, Message, Open, ROWS_MAX, Refused, Row, SERVICE, ToClient, ToGuest, What,
-    refusal,
-};
+use adit_exec::seal::{Keys, Sealed};
+use adit_exec::{Asked, Open, ROWS_MAX, Refused, Row, SERVICE, ToClient, ToGuest, What, refusal};
 use adit_names::{ServiceName, escape};
+use adit_tasks::KeyId;
 use nix::unistd::User;
 
 use super::services::{Run, Service};
 use crate::exec::{cgroup, script, sessions};
+use crate::live::Live;
 use crate::log;
 use crate::policy::Standing;
 use crate::session::ask::{self, Answer, Attaching, Ending};
 use crate::session::fork_server::ForkServer;
 use crate::session::place::{Place, SESSIONS_MAX, new_id};
 use crate::session::{Spec, child, refused};
+use crate::tickets::Tickets;
 use crate::transport::HostStream;
+use talk::Talk;
 
 /// How long a client may take for its first frame, and to read a refusal.
 const LIMIT: Duration = Duration::from_secs(10);
+
+/// Directory of such inputs, in the state directory.
+const INPUTS: &str = "exec-input";
 
 /// The service.
 pub struct Exec {
@@ -55,22 +63,38 @@ struct Shared {
     forks: ForkServer,
     cgroups: Mutex<Option<PathBuf>>,
     run_dir: PathBuf,
+    state_dir: PathBuf,
     place: Place,
+    /// Whom the guest trusts, and who it is.
+    live: Arc<Live>,
+    tickets: Tickets,
+}
+
+/// Where a command's input is, between the ticket that has its digest and the session process.
+fn place_of_input(state_dir: &Path, id: &str) -> PathBuf {
+    state_dir.join(INPUTS).join(id)
 }
 
 impl Exec {
-    /// Commands whose sessions are found in `run_dir`, each a process of `program`.
+    /// Commands whose sessions are found in the run_dir of the configuration, each a process of `program`.
     ///
     /// # Errors
     /// Its directory cannot be made.
-    pub fn new(program: &Path, run_dir: &Path) -> io::Result<Self> {
-        let place = Place::of(run_dir);
+    pub fn new(program: &Path, live: Arc<Live>) -> io::Result<Self> {
+        let config = live.config();
+        let (run_dir, state_dir) = (config.run_dir.clone(), config.state_dir.clone());
+        let place = Place::of(&run_dir);
         place.prepare()?;
+        // What an agent that was killed has left.
+        let _ = fs::remove_dir_all(state_dir.join(INPUTS));
         let shared = Shared {
             forks: ForkServer::of(program),
             cgroups: Mutex::default(),
-            run_dir: run_dir.to_owned(),
+            run_dir,
             place,
+            tickets: Tickets::of(&state_dir),
+            state_dir,
+            live,
         };
         Ok(Self {
             policy: RwLock::default(),
@@ -130,85 +154,112 @@ impl Shared {
         (policy, caller): (&Standing, &str),
     ) -> io::Result<()> {
         stream.set_timeout(Some(LIMIT))?;
-        match asked.what {
-            What::Run(_) | What::Shell => {
-                let user = asked.user.unwrap_or_default();
-                let open = match first(&*stream)? {
-                    Some(ToGuest::Open(open)) => open,
-                    _ => return Err(invalid("its first frame is no command")),
-                };
-                let program = match &asked.what {
+        let first = match asked.what {
+            What::List | What::End { .. } => None,
+            What::Run(_) | What::Shell | What::Attach(_) | What::Ticket(_) => {
+                Talk::new(&*stream).next()?
+            }
+        };
+        if let Some(first @ (ToGuest::Ticket(_) | ToGuest::Seal(_))) = first {
+            return self.by_ticket(stream, &asked, first, (policy, caller));
+        }
+        let user = asked.user.unwrap_or_default();
+        match (asked.what, first) {
+            (what @ (What::Run(_) | What::Shell), Some(ToGuest::Open(open))) => {
+                let program = match &what {
                     What::Run(program) => Some(program.as_str()),
                     _ => None,
                 };
-                match self.may(&user, program, open, policy) {
+                let told = open.argv.first().map(Vec::as_slice);
+                let is_same = told == program.map(str::as_bytes);
+                let spec = match is_same {
+                    true => self.may(&user, open, policy, false),
+                    // aditd has let this one through, and written it down.
+                    false => {
+                        let text = "it is not the program that aditd was told";
+                        Err(refused(refusal::MALFORMED, text))
+                    }
+                };
+                match spec {
                     Ok(spec) => self.start(stream, spec, caller),
                     Err(why) => {
                         let program = program.unwrap_or("login shell");
                         let fields: [(&str, &dyn std::fmt::Display); 3] =
                             [("user", &user), ("program", &program), ("why", &why.text)];
                         log::event("exec-refused", &fields);
-                        say(&*stream, &ToClient::Refused(why))
+                        Talk::new(&*stream).end(&ToClient::Refused(why))
                     }
                 }
             }
-            What::Attach(id) => {
-                let attach = match first(&*stream)? {
-                    Some(ToGuest::Attach(attach)) => attach,
-                    _ => return Err(invalid("its first frame does not say from where on")),
-                };
-                let user = asked.user.unwrap_or_default();
-                self.attach(stream, &id, &Attaching { user, attach })
-            }
-            What::List => {
-                let rows = self.rows(asked.user.as_deref());
-                say(&*stream, &ToClient::Rows(rows))
-            }
-            What::End { id, signal } => {
-                let user = asked.user.unwrap_or_default();
-                let ended = self.asked(&id, |at| ask::end(at, &Ending { user, signal }));
-                say(
-                    &*stream,
-                    &ended.map_or_else(ToClient::Refused, |_| ToClient::Done),
-                )
+            (What::Run(_), _) => Err(invalid("its first frame is no command")),
+            (What::Ticket(_), _) => Err(invalid("its first frame is no ticket")),
+            (what, first) => {
+                if let Err(why) = policy.exec_by_host() {
+                    let why = refused(refusal::NEEDS_TICKET, why);
+                    return Talk::new(&*stream).end(&ToClient::Refused(why));
+                }
+                match (what, first) {
+                    (What::Attach(id), Some(ToGuest::Attach(attach))) => {
+                        self.attach(stream, &id, &Attaching { user, attach }, (None, None))
+                    }
+                    (What::Attach(_), _) => {
+                        Err(invalid("its first frame does not say from where on"))
+                    }
+                    (What::End { id, signal }, _) => {
+                        let ending = Ending { user, signal };
+                        let ended = self.asked(&id, |at| ask::end(at, &ending));
+                        let said = ended.map_or_else(ToClient::Refused, |_| ToClient::Done);
+                        Talk::new(&*stream).end(&said)
+                    }
+                    _ => {
+                        let of = (!user.is_empty()).then_some(user.as_str());
+                        Talk::new(&*stream).end(&ToClient::Rows(self.rows(of)))
+                    }
+                }
             }
         }
     }
 
-    /// A command as it is to be run, if it may be; without a program it is the user's login shell.
+    /// A command as it is to be run, if it may be: because the host says so, or a ticket. One without elements is the user's login shell.
     fn may(
         &self,
         name: &str,
-        program: Option<&str>,
         mut open: Open,
         policy: &Standing,
+        ticket: bool,
     ) -> Result<Spec, Refused> {
         let malformed = |text: String| refused(refusal::MALFORMED, text);
-        let is_whole = match program {
-            Some(_) => open.check(),
-            None => open.check_shell(),
+        let is_shell = open.argv.is_empty() && !ticket;
+        let is_whole = match is_shell {
+            true => open.check_shell(),
+            false => open.check(),
         };
         is_whole.map_err(|e| malformed(e.to_string()))?;
-        // aditd has let this one through, and written it down.
-        if open.argv.first().map(Vec::as_slice) != program.map(str::as_bytes) {
-            return Err(malformed(
-                "it is not the program that aditd was told".into(),
-            ));
-        }
         let user = user_of(name)?;
-        let at = match program {
-            Some(program) => found(program, &open, &user)?,
-            None => login_shell(&user, &mut open),
+        let at = match is_shell {
+            true => login_shell(&user, &mut open),
+            false => {
+                let program = open.argv.first().and_then(|p| std::str::from_utf8(p).ok());
+                let program = program.unwrap_or_default().to_owned();
+                found(&program, &open, &user)?
+            }
         };
         let text = at
             .to_str()
             .ok_or_else(|| malformed("its path is no UTF-8".into()))?;
-        let allowed = policy.exec(&user.name, text);
-        allowed.map_err(|why| refused(refusal::DENIED, why))?;
+        policy.exec(&user.name, text, ticket).map_err(|why| {
+            let with = !ticket && policy.exec(&user.name, text, true).is_ok();
+            let reason = if with {
+                refusal::NEEDS_TICKET
+            } else {
+                refusal::DENIED
+            };
+            refused(reason, why)
+        })?;
         let failed =
             |e: io::Error| refused(refusal::FAILED, format!("no session can be made: {e}"));
         self.place.prepare().map_err(failed)?;
-        if self.live().len() >= SESSIONS_MAX {
+        if self.live_ids().len() >= SESSIONS_MAX {
             let text = format!("{SESSIONS_MAX} sessions are there already: `adit ps` shows them");
             return Err(refused(refusal::BUSY, text));
         }
@@ -219,6 +270,9 @@ impl Shared {
             open,
             run_dir: self.run_dir.clone(),
             cgroups: self.cgroups(),
+            by: None,
+            seal: None,
+            input: None,
         })
     }
 
@@ -238,23 +292,36 @@ impl Shared {
         let spawned = self.spawn(theirs.as_fd(), &spec);
         match spawned {
             Ok(()) => {
-                let fields: [(&str, &dyn std::fmt::Display); 4] = [
+                let program = spec.program.display();
+                let mut fields: Vec<(&str, &dyn std::fmt::Display)> = vec![
                     ("session", &spec.id),
                     ("by", &caller),
                     ("user", &spec.user),
-                    ("program", &spec.program.display()),
+                    ("program", &program),
                 ];
+                fields.extend(
+                    spec.by
+                        .as_ref()
+                        .map(|key| ("key", key as &dyn std::fmt::Display)),
+                );
                 log::event("exec", &fields);
             }
             Err(e) => {
+                self.forget_input(&spec);
                 log::event("exec-refused", &[("why", &e)]);
                 let why = refused(refusal::FAILED, format!("no session process: {e}"));
-                let _ = (&UnixStream::from(theirs.try_clone()?))
-                    .write_all(&ToClient::Refused(why).encode());
+                let why = sealed(spec.seal, &ToClient::Refused(why));
+                let _ = (&UnixStream::from(theirs.try_clone()?)).write_all(&why);
             }
         }
         drop(theirs);
         carried.map_or(Ok(()), Carried::carry)
+    }
+
+    fn forget_input(&self, spec: &Spec) {
+        if let Some(input) = &spec.input {
+            let _ = fs::remove_file(input);
+        }
     }
 
     fn spawn(&self, stream: BorrowedFd<'_>, spec: &Spec) -> io::Result<()> {
@@ -267,15 +334,24 @@ impl Shared {
         stream: Box<dyn HostStream>,
         id: &str,
         attaching: &Attaching,
+        (keys, key): (Option<Keys>, Option<KeyId>),
     ) -> io::Result<()> {
         stream.set_timeout(None)?;
         let (theirs, carried) = split(stream)?;
-        let attached = self.asked(id, |at| ask::attach(at, attaching, theirs.as_fd()));
+        let attached = self.asked(id, |at| match &keys {
+            Some(keys) => ask::attach_by_ticket(at, attaching, keys, theirs.as_fd()),
+            None => ask::attach(at, attaching, theirs.as_fd()),
+        });
         if let Err(why) = attached {
             let mut theirs = fs::File::from(theirs);
-            let _ = theirs.write_all(&ToClient::Refused(why).encode());
+            let _ = theirs.write_all(&sealed(keys, &ToClient::Refused(why)));
         } else {
-            log::event("exec-attached", &[("session", &id)]);
+            let mut fields: Vec<(&str, &dyn std::fmt::Display)> = vec![("session", &id)];
+            fields.extend(
+                key.as_ref()
+                    .map(|key| ("key", key as &dyn std::fmt::Display)),
+            );
+            log::event("exec-attached", &fields);
             drop(theirs);
         }
         carried.map_or(Ok(()), Carried::carry)
@@ -312,7 +388,7 @@ impl Shared {
     }
 
     /// Those that have a socket.
-    fn live(&self) -> Vec<String> {
+    fn live_ids(&self) -> Vec<String> {
         self.place.ids()
     }
 
@@ -330,7 +406,7 @@ impl Shared {
     }
 
     fn rows(&self, user: Option<&str>) -> Vec<Row> {
-        let rows = self.live().into_iter().filter_map(|id| {
+        let rows = self.live_ids().into_iter().filter_map(|id| {
             let at = self.place.socket(&id)?;
             match ask::row(&at) {
                 Ok(answer) => answer.row,
@@ -372,23 +448,21 @@ fn split(stream: Box<dyn HostStream>) -> io::Result<(OwnedFd, Option<Carried>)> 
     }
 }
 
-/// The first frame of a client.
-fn first(stream: &dyn HostStream) -> io::Result<Option<ToGuest>> {
-    let Some((header, body)) = frame::read(&mut stream.io(), FRAME_MAX)? else {
-        return Ok(None);
+/// The last thing that is said on a stream, in a record if it is sealed.
+fn sealed(keys: Option<Keys>, message: &ToClient) -> Vec<u8> {
+    let frame = message.encode();
+    let Some(keys) = keys else {
+        return frame;
     };
-    ToGuest::read(&header, &body).map(Some).map_err(invalid)
-}
-
-/// Says the last thing on a stream, and has it read: some carriers forget what was said when a stream is closed on bytes that nobody has
-/// read.
-fn say(stream: &dyn HostStream, message: &ToClient) -> io::Result<()> {
-    stream.io().write_all(&message.encode())?;
-    stream.end_sending()?;
-    let _ = stream.set_timeout(Some(LIMIT));
-    let mut rest = [0; 1024];
-    while stream.io().read(&mut rest).is_ok_and(|n| n > 0) {}
-    Ok(())
+    let (mut sealed, mut out) = (Sealed::new(keys), Vec::new());
+    match sealed
+        .seal(&frame, &mut out)
+        .and_then(|()| sealed.seal_end(&mut out))
+    {
+        Ok(()) => out,
+        // Cut off: that is an error there, too.
+        Err(_) => Vec::new(),
+    }
 }
 
 /// A user by name or number.

@@ -5,6 +5,8 @@
 //! | 1 | nothing | its [`Row`] |
 //! | 2 | [`Attaching`], and the stream as a passed descriptor | the client of that stream takes the place of the one before |
 //! | 3 | [`Ending`] | it is ended, or gets a signal |
+//! | 4 | [`Attaching`] and [`Keys`], and the stream | as 2, because a ticket says so; the stream is sealed |
+//! | 5 | [`Ending`] | as 3, because a ticket says so |
 //! | 33 | [`Answer`] | the answer to each |
 //!
 //! An agent of another version may ask, so these bytes stay as they are.
@@ -16,6 +18,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use adit_channel::frame::{self, HEADER_LEN, Header};
+use adit_exec::seal::Keys;
 use adit_exec::{Attach, Refused, Row};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -64,10 +67,10 @@ pub struct Answer {
 pub enum Asks {
     /// What it is.
     Row,
-    /// A client comes, by this stream.
-    Attach(Attaching, OwnedFd),
-    /// It is to end.
-    End(Ending),
+    /// A client comes, by this stream, which is sealed where a ticket says so.
+    Attach(Attaching, OwnedFd, Option<Keys>),
+    /// It is to end; whether a ticket says so.
+    End(Ending, bool),
 }
 
 fn socket() -> io::Result<OwnedFd> {
@@ -151,6 +154,27 @@ pub fn end(at: &Path, ending: &Ending) -> io::Result<Answer> {
     ask(at, 3, ending, None)
 }
 
+/// Gives it a client, because a ticket says so.
+///
+/// # Errors
+/// As [`row`].
+pub fn attach_by_ticket(
+    at: &Path,
+    attaching: &Attaching,
+    keys: &Keys,
+    stream: BorrowedFd<'_>,
+) -> io::Result<Answer> {
+    ask(at, 4, &(attaching, keys), Some(stream))
+}
+
+/// Has it end, because a ticket says so.
+///
+/// # Errors
+/// As [`row`].
+pub fn end_by_ticket(at: &Path, ending: &Ending) -> io::Result<Answer> {
+    ask(at, 5, ending, None)
+}
+
 /// One packet.
 fn received(socket: impl AsFd) -> io::Result<(Header, Vec<u8>, Option<OwnedFd>)> {
     let mut bytes = [0; MESSAGE_MAX];
@@ -202,9 +226,16 @@ impl Question {
         let asks = match (header.kind, header.version, fd) {
             (1, VERSION, None) => Asks::Row,
             (2, VERSION, Some(fd)) => {
-                Asks::Attach(header.decode(&body).map_err(io::Error::other)?, fd)
+                Asks::Attach(header.decode(&body).map_err(io::Error::other)?, fd, None)
             }
-            (3, VERSION, None) => Asks::End(header.decode(&body).map_err(io::Error::other)?),
+            (4, VERSION, Some(fd)) => {
+                let (attaching, keys) = header.decode(&body).map_err(io::Error::other)?;
+                Asks::Attach(attaching, fd, Some(keys))
+            }
+            (3 | 5, VERSION, None) => {
+                let ending = header.decode(&body).map_err(io::Error::other)?;
+                Asks::End(ending, header.kind == 5)
+            }
             _ => return Err(bad()),
         };
         Ok(Some(Self { socket, asks }))
@@ -278,7 +309,7 @@ mod tests {
                 }
                 std::thread::yield_now();
             };
-            let (Asks::Attach(_, fd), socket) = question.split() else {
+            let (Asks::Attach(_, fd, None), socket) = question.split() else {
                 panic!("no stream came along");
             };
             rustix::io::write(&fd, b"x").unwrap();

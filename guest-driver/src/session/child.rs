@@ -98,6 +98,16 @@ fn terminal(size: Size, user: &User) -> io::Result<Ends> {
     })
 }
 
+/// A command's input, which was put into a file. It is the user's own, as a pipe would be.
+fn file_of_input(place: &Path, user: &User) -> io::Result<File> {
+    let file = File::open(place)?;
+    std::fs::remove_file(place)?;
+    if user.uid != Uid::effective() {
+        nix::unistd::fchown(&file, Some(user.uid), Some(user.gid))?;
+    }
+    Ok(file)
+}
+
 fn pipes(with_input: bool, user: &User) -> io::Result<Ends> {
     let ([out, to_out], [err, to_err]) = (script::output_pipe(user)?, script::output_pipe(user)?);
     nonblocking(&out)?;
@@ -136,10 +146,14 @@ impl Child {
             );
             refused(refusal::NO_USER, text)
         })?;
-        let ends = match open.tty {
+        let mut ends = match open.tty {
             Some(size) => terminal(size, &user).map_err(|e| failed("make a terminal", &e))?,
             None => pipes(open.stdin, &user).map_err(|e| failed("make a pipe", &e))?,
         };
+        if let Some(place) = &spec.input {
+            let file = file_of_input(place, &user);
+            ends.theirs[0] = file.map_err(|e| failed("give it its input", &e))?.into();
+        }
         let cwd = cwd(&spec.open.cwd, &user);
         let base = spec.cgroups.as_deref();
         let cgroup = base.and_then(|base| Cgroup::create(base, &format!("{CGROUP}{}", spec.id)));

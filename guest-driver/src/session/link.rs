@@ -4,6 +4,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use adit_exec::seal::{Keys, Sealed};
 use adit_exec::{Decoder, Refused, Session, ToClient, ToGuest};
 use nix::poll::{PollFd, PollFlags, poll};
 
@@ -15,6 +16,7 @@ const PIECE: usize = 64 << 10;
 /// The stream. Its client may be hostile: what is kept of it is one frame each way, and a piece.
 pub(super) struct Link {
     conn: Conn,
+    sealed: Option<Sealed>,
     decoder: Decoder,
     out: Vec<u8>,
     at: usize,
@@ -22,16 +24,23 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
+    /// `keys`: what it is sealed with.
+    pub(super) fn new(fd: OwnedFd, keys: Option<Keys>) -> io::Result<Self> {
         let conn = Conn::from(fd);
         conn.set_nonblocking()?;
         Ok(Self {
             conn,
+            sealed: keys.map(Sealed::new),
             decoder: Decoder::default(),
             out: Vec::new(),
             at: 0,
             ended: false,
         })
+    }
+
+    /// Whether nobody between here and the client can have said what comes.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.sealed.is_some()
     }
 
     /// Whether something waits until the client takes it.
@@ -45,19 +54,44 @@ impl Link {
     /// It has gone, or says what is none of the protocol.
     pub(super) fn read(&mut self, messages: &mut Vec<ToGuest>) -> io::Result<Option<()>> {
         let mut piece = [0; PIECE / 4];
-        match (&self.conn).read(&mut piece) {
+        let n = match (&self.conn).read(&mut piece) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(n) => self.decoder.push(&piece[..n]),
+            Ok(n) => n,
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
                 return Ok(None);
             }
             Err(e) => return Err(e),
-        }
+        };
+        let forged = self.unseal(&piece[..n]);
         let invalid = |e| io::Error::new(ErrorKind::InvalidData, e);
         while let Some(message) = self.decoder.poll_frame().map_err(invalid)? {
             messages.push(message);
         }
-        Ok(Some(()))
+        // What came before it is the client's.
+        forged.map(Some)
+    }
+
+    fn unseal(&mut self, piece: &[u8]) -> io::Result<()> {
+        let Some(sealed) = &mut self.sealed else {
+            self.decoder.push(piece);
+            return Ok(());
+        };
+        let mut plain = Vec::new();
+        sealed.push(piece);
+        let opened = sealed.open(&mut plain);
+        self.decoder.push(&plain);
+        opened.map_err(|e| io::Error::new(ErrorKind::InvalidData, e))
+    }
+
+    /// Has bytes wait until they are written.
+    fn owe(&mut self, frames: Vec<u8>) -> io::Result<()> {
+        match &mut self.sealed {
+            None => self.out.extend(frames),
+            Some(sealed) => sealed
+                .seal(&frames, &mut self.out)
+                .map_err(io::Error::other)?,
+        }
+        Ok(())
     }
 
     /// Writes what the session has for the client, as far as that goes now. Returns whether anything was written.
@@ -70,10 +104,17 @@ impl Link {
             if !self.owes() {
                 self.out.clear();
                 self.at = 0;
-                while self.out.len() < PIECE
+                let mut frames = Vec::new();
+                while frames.len() < PIECE
                     && let Some(frame) = session.poll_send()
                 {
-                    self.out.extend(frame);
+                    frames.extend(frame);
+                }
+                self.owe(frames)?;
+                if session.is_over()
+                    && let Some(sealed) = &mut self.sealed
+                {
+                    sealed.seal_end(&mut self.out).map_err(io::Error::other)?;
                 }
                 if self.out.is_empty() {
                     return Ok(progress);
@@ -99,22 +140,33 @@ impl Link {
     }
 
     /// Says why it is cut off, if there is room for that.
-    pub(super) fn refuse(self, refused: Refused) {
+    pub(super) fn refuse(mut self, refused: Refused) {
         if !self.owes() {
-            let _ = (&self.conn).write(&ToClient::Refused(refused).encode());
+            let last = self.last(refused);
+            let _ = (&self.conn).write(&last);
             let _ = self.conn.shutdown_write();
         }
+    }
+
+    fn last(&mut self, refused: Refused) -> Vec<u8> {
+        self.out.clear();
+        let frame = ToClient::Refused(refused).encode();
+        let ended = self.owe(frame).map(|()| {
+            if let Some(sealed) = &mut self.sealed {
+                let _ = sealed.seal_end(&mut self.out);
+            }
+        });
+        // Numbers that are used up: then it is cut off.
+        ended.map_or_else(|_| Vec::new(), |()| std::mem::take(&mut self.out))
     }
 }
 
 impl Link {
     /// The same, and has it read: some carriers forget what was said when a stream is closed on bytes that nobody has read.
-    pub(super) fn refuse_and_wait(self, refused: Refused, limit: Duration) {
+    pub(super) fn refuse_and_wait(mut self, refused: Refused, limit: Duration) {
         let until = Instant::now() + limit;
-        if (&self.conn)
-            .write(&ToClient::Refused(refused).encode())
-            .is_err()
-        {
+        let last = self.last(refused);
+        if (&self.conn).write(&last).is_err() {
             return;
         }
         let _ = self.conn.shutdown_write();

@@ -20,6 +20,7 @@ mod process;
 
 use std::path::PathBuf;
 
+use adit_exec::seal::Keys;
 use adit_exec::{Open, Refused, TEXT_MAX};
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +46,12 @@ pub struct Spec {
     pub run_dir: PathBuf,
     /// Where a cgroup can be made, if anywhere.
     pub cgroups: Option<PathBuf>,
+    /// Id of the key that has signed a ticket for it; none: the host says so. Only a ticket does anything to one that a ticket began.
+    pub by: Option<String>,
+    /// What its stream is sealed with.
+    pub seal: Option<Keys>,
+    /// A file with its input, which is removed once it is open.
+    pub input: Option<PathBuf>,
 }
 
 /// A refusal for a client.

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use adit_exec::seal::Keys;
 use adit_exec::{Effect, Exit, How, Next, Out, Refused, Row, Session, ToGuest, refusal};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -73,12 +74,12 @@ struct Process {
 pub fn run() -> io::Result<()> {
     let mut spec = Vec::new();
     io::stdin().lock().take(SPEC_MAX).read_to_end(&mut spec)?;
-    let spec: Spec = postcard::from_bytes(&spec).map_err(io::Error::other)?;
+    let mut spec: Spec = postcard::from_bytes(&spec).map_err(io::Error::other)?;
     let stream = child::take_stdout()?;
-    let link = Link::new(stream)?;
+    let link = Link::new(stream, spec.seal.take())?;
     match Process::start(spec) {
         Ok(mut process) => {
-            process.link = Some(link);
+            process.take_link(link);
             process.serve();
             Ok(())
         }
@@ -130,6 +131,12 @@ impl Process {
             piece: vec![0; PIECE],
             spec,
         })
+    }
+
+    fn take_link(&mut self, link: Link) -> Option<Link> {
+        self.session
+            .bind(self.spec.by.is_some() && !link.is_sealed());
+        self.link.replace(link)
     }
 
     fn serve(mut self) {
@@ -473,11 +480,16 @@ impl Process {
         let of = |user: &str| user.is_empty() || user == self.spec.user;
         let done = match asks {
             Asks::Row => Ok(()),
-            Asks::Attach(attaching, stream) => match of(&attaching.user) {
-                true => self.attach(&attaching.attach, stream),
+            Asks::Attach(_, _, None) | Asks::End(_, false) if self.spec.by.is_some() => {
+                let text =
+                    "this session was begun by a ticket, and only a ticket does anything to it";
+                Err(refused(refusal::NEEDS_TICKET, text))
+            }
+            Asks::Attach(attaching, stream, keys) => match of(&attaching.user) {
+                true => self.attach(&attaching.attach, stream, keys),
                 false => Err(no_such()),
             },
-            Asks::End(ending) if of(&ending.user) => {
+            Asks::End(ending, _) if of(&ending.user) => {
                 match ending.signal {
                     0 => self.end(How::Ended, Signal::SIGTERM),
                     number => self.child.signal(number.into()),
@@ -488,7 +500,7 @@ impl Process {
                 }
                 Ok(())
             }
-            Asks::End(_) => Err(no_such()),
+            Asks::End(..) => Err(no_such()),
         };
         Answer {
             refused: done.err(),
@@ -496,7 +508,12 @@ impl Process {
         }
     }
 
-    fn attach(&mut self, attach: &adit_exec::Attach, stream: OwnedFd) -> Result<(), Refused> {
+    fn attach(
+        &mut self,
+        attach: &adit_exec::Attach,
+        stream: OwnedFd,
+        keys: Option<Keys>,
+    ) -> Result<(), Refused> {
         if !self.session.is_kept() {
             let text = "this session ends with its client: only what was started with --detach can be attached to";
             return Err(refused(refusal::NO_SESSION, text));
@@ -504,12 +521,12 @@ impl Process {
         // One who asks for what is not here disturbs nobody.
         let effect = self.session.attach(attach);
         let effect = effect.map_err(|gone| refused(refusal::GONE, gone.to_string()))?;
-        let link = Link::new(stream).map_err(|e| {
+        let link = Link::new(stream, keys).map_err(|e| {
             self.client_gone(&e);
             refused(refusal::FAILED, e.to_string())
         })?;
         self.linger_at = None;
-        if let Some(before) = self.link.replace(link) {
+        if let Some(before) = self.take_link(link) {
             let text = "somebody else has attached to this session";
             before.refuse(refused(refusal::TAKEN_OVER, text));
         }

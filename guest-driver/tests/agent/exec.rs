@@ -25,18 +25,18 @@ const HANG: Duration = Duration::from_secs(60);
 const ANY: &str = "[[exec]]\nallow = \"host\"\nusers = \"any\"\ncommands = \"any\"\n";
 
 /// A guest whose owner allows everything, with its own stream to the host.
-struct Guest {
-    host: Host,
+pub struct Guest {
+    pub host: Host,
     session: crate::host::Session,
 }
 
 /// Who this test runs as.
-fn me() -> String {
+pub fn me() -> String {
     let uid = nix::unistd::geteuid();
     nix::unistd::User::from_uid(uid).unwrap().unwrap().name
 }
 
-fn guest(rules: &str) -> Guest {
+pub fn guest(rules: &str) -> Guest {
     let mut host = policy::host(rules);
     host.start(None);
     let (session, _) = host.accept();
@@ -45,7 +45,7 @@ fn guest(rules: &str) -> Guest {
 
 impl Guest {
     /// A killed or stopped agent is followed by another.
-    fn another_agent(&mut self) {
+    pub fn another_agent(&mut self) {
         self.host.start(None);
         let (session, _) = self.host.accept();
         self.session = session;
@@ -64,7 +64,7 @@ impl Guest {
         running
     }
 
-    fn run(&self, argv: &[&str]) -> Running {
+    pub fn run(&self, argv: &[&str]) -> Running {
         self.open(command(argv))
     }
 
@@ -79,7 +79,7 @@ impl Guest {
         running
     }
 
-    fn rows(&self) -> Vec<Row> {
+    pub fn rows(&self) -> Vec<Row> {
         let mut running = Running::new(self.asked(What::List).unwrap());
         match running.hear().unwrap() {
             Heard::Rows(rows) => rows,
@@ -87,7 +87,7 @@ impl Guest {
         }
     }
 
-    fn end(&self, id: &str, signal: u8) -> Result<(), Refused> {
+    pub fn end(&self, id: &str, signal: u8) -> Result<(), Refused> {
         let id = id.into();
         let mut running = Running::new(self.asked(What::End { id, signal }).unwrap());
         match running.hear().unwrap() {
@@ -98,7 +98,7 @@ impl Guest {
     }
 
     /// Waits until nothing of any session is left.
-    fn until_none(&self) {
+    pub fn until_none(&self) {
         until("all sessions have gone", || {
             let dir = self.host.path("run/exec");
             fs::read_dir(dir).unwrap().count() == 0
@@ -106,7 +106,7 @@ impl Guest {
     }
 }
 
-fn until(what: &str, mut is: impl FnMut() -> bool) {
+pub fn until(what: &str, mut is: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !is() {
         assert!(begin.elapsed() < HANG, "{what}: not after {HANG:?}");
@@ -114,7 +114,7 @@ fn until(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
-fn command(argv: &[&str]) -> Open {
+pub fn command(argv: &[&str]) -> Open {
     Open {
         argv: argv.iter().map(|text| text.as_bytes().to_vec()).collect(),
         ..Open::default()
@@ -128,17 +128,17 @@ fn lives(pid: i32) -> bool {
 }
 
 /// A client.
-struct Running {
-    stream: UnixStream,
+pub struct Running {
+    pub stream: UnixStream,
     decoder: Decoder,
     half: Client,
-    out: Vec<u8>,
+    pub out: Vec<u8>,
     err: Vec<u8>,
     started: Option<Started>,
 }
 
 impl Running {
-    fn new(stream: UnixStream) -> Self {
+    pub fn new(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(HANG)).unwrap();
         stream.set_write_timeout(Some(HANG)).unwrap();
         Self {
@@ -151,11 +151,11 @@ impl Running {
         }
     }
 
-    fn say(&mut self, message: &ToGuest) {
+    pub fn say(&mut self, message: &ToGuest) {
         self.stream.write_all(&message.encode()).unwrap();
     }
 
-    fn hear(&mut self) -> io::Result<Heard> {
+    pub fn hear(&mut self) -> io::Result<Heard> {
         let mut piece = vec![0; 64 << 10];
         loop {
             if let Some(message) = self.decoder.poll_frame::<ToClient>().unwrap() {
@@ -178,7 +178,7 @@ impl Running {
         }
     }
 
-    fn started(&mut self) -> Started {
+    pub fn started(&mut self) -> Started {
         while self.started.is_none() {
             match self.hear().unwrap() {
                 Heard::Started(_) | Heard::Nothing => {}
@@ -224,7 +224,7 @@ impl Running {
         self.stream.write_all(&frame).unwrap();
     }
 
-    fn exit(&mut self) -> (How, i32) {
+    pub fn exit(&mut self) -> (How, i32) {
         let exit = self.whole_exit();
         (How::of(exit.how).unwrap(), exit.value)
     }
@@ -239,7 +239,7 @@ impl Running {
         }
     }
 
-    fn refused(&mut self) -> Refused {
+    pub fn refused(&mut self) -> Refused {
         loop {
             match self.hear().unwrap() {
                 Heard::Refused(refused) => return refused,
@@ -249,7 +249,7 @@ impl Running {
         }
     }
 
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.out).into_owned()
     }
 
@@ -348,11 +348,10 @@ fn ends_are_told_apart_status_signal_time_and_what_never_ran() {
 
 #[test]
 fn r120_without_a_rule_of_the_guests_owner_nothing_runs() {
-    // No rule; a rule that wants a ticket; one that is off.
+    // No rule; one that is off.
     for rules in [
         "",
         "[[service]]\nnames = [\"exec\"]\n",
-        "[[exec]]\nallow = \"ticket\"\nusers = \"any\"\ncommands = \"any\"\n",
         "[[exec]]\nallow = \"off\"\n",
     ] {
         let guest = guest(rules);

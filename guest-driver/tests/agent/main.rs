@@ -18,5 +18,7 @@ mod install;
 mod own;
 mod policy;
 mod reload;
+mod sealed;
+mod ticket;
 mod trust;
 mod upgrade;

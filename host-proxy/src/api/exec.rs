@@ -45,7 +45,7 @@ const PROTOCOL: &str = "adit-exec";
 /// How long a client may take to read why there is no stream.
 const SAY_LIMIT: Duration = Duration::from_secs(5);
 
-/// What is asked: one of `run`, `shell`, `attach` and `end`, or none of them for the list.
+/// What is asked: one of `run`, `shell`, `attach`, `end` and `ticket`, or none of them for the list.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Ask {
@@ -67,23 +67,36 @@ pub(super) struct Ask {
     /// Number of that signal.
     #[serde(default)]
     signal: Option<u8>,
+    /// What a ticket says that comes on a sealed stream, for the audit: the guest goes by the ticket alone.
+    #[serde(default)]
+    ticket: Option<String>,
 }
 
 impl Ask {
     fn asked(self) -> Option<Asked> {
-        let what = match (self.run, self.shell, self.attach, self.end, self.signal) {
-            (Some(program), false, None, None, None) => What::Run(program),
-            (None, true, None, None, None) => What::Shell,
-            (None, false, Some(id), None, None) => What::Attach(id),
-            (None, false, None, Some(id), signal) => What::End {
+        let Self {
+            user,
+            run,
+            shell,
+            attach,
+            end,
+            signal,
+            ticket,
+        } = self;
+        let what = match (run, shell, attach, end, signal, ticket) {
+            (Some(program), false, None, None, None, None) => What::Run(program),
+            (None, true, None, None, None, None) => What::Shell,
+            (None, false, Some(id), None, None, None) => What::Attach(id),
+            (None, false, None, Some(id), signal, None) => What::End {
                 id,
                 signal: signal.unwrap_or(0),
             },
-            (None, false, None, None, None) => What::List,
+            (None, false, None, None, None, Some(of)) => What::Ticket(of),
+            (None, false, None, None, None, None) => What::List,
             _ => return None,
         };
-        let fits = self.user.as_deref().is_none_or(Users::could_be);
-        let user = self.user.filter(|_| fits);
+        let fits = user.as_deref().is_none_or(Users::could_be);
+        let user = user.filter(|_| fits);
         let asked = Asked { user, what };
         (fits && asked.encode().is_some()).then_some(asked)
     }
@@ -97,6 +110,7 @@ fn shown(what: &What) -> String {
         What::List => "list".into(),
         What::End { id, signal: 0 } => format!("end {id}"),
         What::End { id, signal } => format!("signal {signal} {id}"),
+        What::Ticket(of) => format!("by a ticket: {of}"),
     };
     adit_names::escape(&text).at_most(120).to_string()
 }
@@ -119,7 +133,7 @@ pub(super) async fn exec(
     head: HeaderMap,
 ) -> Result<Response, ApiError> {
     let asked = ask.asked().ok_or_else(|| {
-        let text = "it takes a user and one of `run`, `shell`, `attach` and `end`; a list and an end may be without a user";
+        let text = "it takes a user and one of `run`, `shell`, `attach`, `end` and `ticket`; a list and an end may be without a user";
         ApiError::new(StatusCode::BAD_REQUEST, "usage", text)
     })?;
     let user = asked.user.as_deref();
