@@ -52,10 +52,10 @@ pub struct Check {
     #[arg(long, value_name = "CALLER")]
     r#as: String,
     /// For what
-    #[arg(value_name = "VERB", value_parser = ["reach", "forward", "see", "task", "goal", "manage", "exec"])]
+    #[arg(value_name = "VERB", value_parser = ["reach", "forward", "see", "task", "goal", "manage", "exec", "files"])]
     verb: String,
     /// With which VM; of `reach` and `forward`, also where in it, as clients write it: VM:PORT, vsock-PORT.VM or SERVICE.VM.svc; of `exec`,
-    /// also as whom: USER@VM
+    /// also as whom: USER@VM; of `files` as whom and where: USER@VM:/PATH
     #[arg(value_name = "VM[:PORT]", add = completion::vms())]
     vm: String,
 }
@@ -71,8 +71,15 @@ pub async fn run(command: &AccessCommand, client: &Client, format: Format) -> Re
 async fn check(check: &Check, client: &Client, format: Format) -> Result<(), Failure> {
     // Where in a VM is read by the host, as it reads what clients of the proxy write.
     let (vm, target) = match check.vm.rsplit_once('@') {
-        Some((user, vm)) if check.verb == "exec" => (vm, Some(user)),
+        Some((user, vm)) if check.verb == "exec" => (vm, Some(user.to_owned())),
         _ => (&*check.vm, None),
+    };
+    let (vm, target) = match (check.verb.as_str(), check.vm.split_once(':')) {
+        ("files", Some((who, path))) => {
+            let (user, vm) = who.split_once('@').unwrap_or(("root", who));
+            (vm, Some(format!("{user}@{path}")))
+        }
+        _ => (vm, target),
     };
     let mut query = Query::new(String::new());
     query
@@ -80,7 +87,7 @@ async fn check(check: &Check, client: &Client, format: Format) -> Result<(), Fai
         .append_pair("verb", &check.verb)
         .append_pair("vm", vm);
     if let Some(target) = target {
-        query.append_pair("target", target);
+        query.append_pair("target", &target);
     }
     let decision: AccessDecision = client
         .get(&format!("/v1/access?{}", query.finish()))

@@ -16,6 +16,7 @@ mod doctor;
 mod error;
 mod events;
 mod exec;
+mod files;
 mod forward;
 mod gate;
 mod goal;
@@ -134,6 +135,10 @@ enum Command {
     Ps(exec::Ps),
     Attach(exec::Attach),
     Kill(exec::Kill),
+    Cp(files::Cp),
+    Ls(files::Ls),
+    Stat(files::Stat),
+    Rm(files::Rm),
     /// Sign commands here that are brought to a VM from elsewhere
     #[command(subcommand)]
     Ticket(ticket::TicketCommand),
@@ -246,6 +251,10 @@ async fn run(cli: Cli, format: Format) -> Result<ExitCode, Failure> {
         Command::Ps(command) => exec::ps(command, &client()?, format).await?,
         Command::Attach(command) => return exec::attach(command, &client()?, format).await,
         Command::Kill(command) => exec::kill(command, &client()?, format).await?,
+        Command::Cp(command) => return files::cp(command, &client()?, format).await,
+        Command::Ls(command) => files::ls(command, &client()?, format).await?,
+        Command::Stat(command) => files::stat(command, &client()?, format).await?,
+        Command::Rm(command) => return files::rm(command, &client()?).await,
         Command::Ticket(command) => return ticket::run(command, client, format).await,
         Command::Connect(command) => {
             cli.which.is_not_asked("connect")?;

@@ -28,6 +28,7 @@
 //! | `client_hello_sni` | a TLS client's first message | a part of itself |
 //! | `dns_query` | a DNS client's | a second reader of header and question; a bound on the answer |
 //! | `grants` | an operator's grants, and a caller's names | one spelling; a second reader of the decision |
+//! | `copy_frames` | a sender's of files, a receiver's, or a hello's arguments | the order and the tree; a frame is written as it was read |
 //! | `exec_frames` | a client's of a command, and a guest's to `adit exec` | itself in other pieces; what is kept is bounded |
 //! | `succession` | a predecessor's that its guest controls: handover record, live file, unread bytes | a verdict in time, no leak, no thread lost |
 //!
@@ -45,6 +46,7 @@ mod attach;
 mod authority;
 mod card;
 mod client_hello_sni;
+mod copy_frames;
 mod descriptor_chain;
 mod dns_query;
 mod engine_ops;
@@ -78,7 +80,7 @@ use std::path::{Path, PathBuf};
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
-pub const TARGETS: [(&str, Target); 27] = [
+pub const TARGETS: [(&str, Target); 28] = [
     ("descriptor_chain", descriptor_chain::run),
     ("vsock_packet", vsock_packet::run),
     ("port_packet", port_packet::run),
@@ -105,6 +107,7 @@ pub const TARGETS: [(&str, Target); 27] = [
     ("client_hello_sni", client_hello_sni::run),
     ("dns_query", dns_query::run),
     ("grants", grants::run),
+    ("copy_frames", copy_frames::run),
     ("exec_frames", exec_frames::run),
 ];
 

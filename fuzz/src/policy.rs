@@ -131,6 +131,9 @@ fn decided(policy: &Policy, request: &Request<'_>, numbers: &Accounts) {
             {
                 assert!(is_plain(path) && path.starts_with(root) && *path != root);
             }
+            if let (Request::Files { path, .. }, Some(root)) = (request, root) {
+                assert!(path.starts_with(root));
+            }
             (line, true)
         }
         Decision::Deny { line, reason } => {
@@ -149,6 +152,7 @@ fn decided(policy: &Policy, request: &Request<'_>, numbers: &Accounts) {
         steps: Vec::new(),
         services: Vec::new(),
         exec: Vec::new(),
+        files: Vec::new(),
     };
     let steps = policy.steps.iter().map(|rule| Policy {
         steps: vec![rule.clone()],
@@ -162,5 +166,10 @@ fn decided(policy: &Policy, request: &Request<'_>, numbers: &Accounts) {
         exec: vec![rule.clone()],
         ..none.clone()
     });
-    assert_eq!(steps.chain(services).chain(exec).any(alone), is_allowed);
+    let files = policy.files.iter().map(|rule| Policy {
+        files: vec![rule.clone()],
+        ..none.clone()
+    });
+    let mut all = steps.chain(services).chain(exec).chain(files);
+    assert_eq!(all.any(alone), is_allowed);
 }

@@ -16,6 +16,7 @@ pub mod client;
 pub mod clock;
 pub mod config;
 pub mod conn;
+pub mod copy;
 pub mod crash;
 pub mod documents;
 pub mod enrol;

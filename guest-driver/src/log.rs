@@ -27,7 +27,7 @@ const ERROR: u8 = 3;
 const INFO: u8 = 6;
 
 /// Events that a client, or a process of this guest, causes by opening a stream, or the host by what it says.
-const BY_PEERS: [&str; 13] = [
+const BY_PEERS: [&str; 15] = [
     "stream",
     "stream-refused",
     "hello-refused",
@@ -41,6 +41,8 @@ const BY_PEERS: [&str; 13] = [
     "agent-refused",
     "exec-refused",
     "exec-lost",
+    "files-refused",
+    "files-ended",
 ];
 /// Such an event gets one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);

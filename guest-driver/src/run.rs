@@ -14,6 +14,7 @@ use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::agent::Agent;
 use crate::serve::exec::Exec;
+use crate::serve::files::Files;
 use crate::serve::{Admission, Identity, Server, blob};
 use crate::transport::Transport;
 use crate::upgrade::{Begun, Upgrade};
@@ -88,6 +89,7 @@ pub fn run(
     server.offer(services);
     let exec = Exec::new("/proc/self/exe".as_ref(), live.clone());
     server.runs(exec.map_err(system("make the directory of sessions usable"))?);
+    server.copies(Files::new("/proc/self/exe".as_ref()));
     server.govern(live.policy());
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))

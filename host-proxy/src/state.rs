@@ -260,6 +260,13 @@ impl State {
         of_vm || self.grants().has_rates()
     }
 
+    /// Bytes of a path that are the directory which the caller's grants are for; 0: any. None: there is no grant.
+    pub fn files_root(&self, caller: &Caller, verb: Verb<'_>, vm: &VmEntry) -> Option<u16> {
+        let grants = self.grants();
+        let len = vm.viewed(|view| grants.files_root(caller, verb, view, self.now_ms()))?;
+        u16::try_from(len).ok()
+    }
+
     /// What limits the bytes of a stream of this caller that is there already; none: no grant lets it be there.
     pub fn limits(&self, caller: &Caller, verb: Verb<'_>, vm: &VmEntry) -> Option<Vec<Limit>> {
         if caller.is_owner() {

@@ -13,6 +13,7 @@ use adit_guest_driver::enrol;
 use adit_guest_driver::live::Live;
 use adit_guest_driver::policy::{Standing, parse};
 use adit_guest_driver::serve::exec::Exec;
+use adit_guest_driver::serve::files::Files;
 use adit_guest_driver::serve::{Identity, Server, blob};
 use adit_guest_driver::transport::ring::{RingEnd, carrier};
 use adit_ringbuf::Mapped;
@@ -71,6 +72,7 @@ pub fn start_running(
         let config = Config::load(&file)?;
         let enrolment = enrol::at_start(&config);
         server.runs(Exec::new(program, Arc::new(Live::new(config, enrolment)))?);
+        server.copies(Files::new(program));
         server.govern(Arc::new(Standing::of("policy.toml".as_ref(), text)));
         Ok(())
     })

@@ -16,6 +16,7 @@
 //! | `page` | the commands of a page of the documentation |
 //! | `process` | child processes that end with this one |
 //! | `root` | a bare Debian to install packages into; its changes are gone afterwards |
+//! | `running` | a host, and an agent as a process that runs commands and copies files |
 //! | `shell` | a shell that commands are typed into |
 //! | `systemd` | a systemd of its own, for the unit that adit ships |
 //! | `tamper` | a signed goal with one byte changed |
@@ -38,6 +39,7 @@ pub mod net;
 pub mod page;
 pub mod process;
 pub mod root;
+pub mod running;
 pub mod servers;
 pub mod shell;
 pub mod sshd;

@@ -5,142 +5,45 @@
 #![allow(missing_docs)]
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
-use adit_tests::agent;
-use adit_tests::host::Host;
-use adit_tests::process::{Reaped, bound, wait_for};
+use adit_tests::process::wait_for;
+use adit_tests::running::{LIMIT, Setup};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
 
-const LIMIT: Duration = Duration::from_secs(30);
 const ANY: &str =
     "default = \"deny\"\n[[exec]]\nallow = \"host\"\nusers = \"any\"\ncommands = \"any\"\n";
 
-/// Set where this program is the agent: the VM's directory.
-const AGENT: &str = "ADIT_TEST_AGENT_OF";
-
-/// The agent of another process of this program.
 #[test]
 fn an_agent() {
-    let Some(vm) = std::env::var_os(AGENT) else {
-        return;
-    };
-    let path = |name| PathBuf::from(std::env::var_os(name).unwrap());
-    let policy = std::env::var("POLICY").unwrap();
-    agent::start_running(
-        vm.as_ref(),
-        &[],
-        &path("PROGRAM"),
-        &path("RUN_DIR"),
-        &policy,
-    )
-    .unwrap();
-    loop {
-        std::thread::park();
-    }
+    adit_tests::running::an_agent();
 }
 
-struct Setup {
-    host: Host,
-    bins: PathBuf,
-    _agent: Reaped,
-    _run: tempfile::TempDir,
-}
-
-/// A host whose VM `a` has an agent with this policy; `more`: sections of aditd.toml.
 fn setup(policy: &str, more: &str) -> Option<Setup> {
     setup_with(policy, "", more)
 }
 
 /// The same; `of_vm`: more keys of VM `a`, and `more` comes behind it.
 fn setup_with(policy: &str, of_vm: &str, more: &str) -> Option<Setup> {
-    let Some(bins) = std::env::var_os("ADIT_TEST_BINS").map(PathBuf::from) else {
-        println!(
-            "skipped: ADIT_TEST_BINS is not set; `cargo xtask test` builds what is needed and sets it"
-        );
-        return None;
-    };
-    let config = format!(
-        "[proxy]\nlisten = \"127.0.0.1:0\"\n[audit]\nallows = true\n[[vm]]\nname = \"a\"\ncid = 3\n{of_vm}{more}"
-    );
-    let host = Host::start_configured(&bins, &config).unwrap();
-    let run = tempfile::tempdir().unwrap();
-    let built = bins.join("adit-guest");
-    let program = match built.exists() {
-        true => built,
-        false => adit_tests::guest_bin("adit-guest"),
-    };
-    let agent = bound(std::env::current_exe().unwrap())
-        .args(["--exact", "an_agent", "--nocapture"])
-        .env(AGENT, host.vm_dir("a"))
-        .env("PROGRAM", program)
-        .env("RUN_DIR", run.path())
-        .env("POLICY", policy)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(std::fs::File::create(run.path().join("log")).unwrap())
-        .spawn()
-        .unwrap();
-    let setup = Setup {
-        host,
-        bins,
-        _agent: Reaped(agent),
-        _run: run,
-    };
-    wait_for("the ring carries", LIMIT, || {
-        let out = setup.exec(&["a", "--", "true"]);
-        Ok((out.status.code() != Some(255)).then_some(()))
-    })
-    .unwrap();
-    Some(setup)
+    Setup::start_with(policy, of_vm, more).unwrap()
 }
 
-impl Setup {
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(self.bins.join("adit"));
-        command
-            .args(args)
-            .env("ADIT_SOCKET", self.socket())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    }
+/// Shorter words for what these tests do.
+trait Runs {
+    fn exec(&self, args: &[&str]) -> Output;
+    fn sh(&self, script: &str) -> Output;
+}
 
-    fn socket(&self) -> PathBuf {
-        self.host.vm_dir("a").join("../../aditd.sock")
-    }
-
-    fn adit(&self, args: &[&str]) -> Output {
-        self.command(args).output().unwrap()
-    }
-
+impl Runs for Setup {
     fn exec(&self, args: &[&str]) -> Output {
         self.adit(&[&["exec"], args].concat())
     }
 
     fn sh(&self, script: &str) -> Output {
         self.exec(&["a", "--", "sh", "-c", script])
-    }
-
-    fn spawn(&self, args: &[&str]) -> Child {
-        let mut command = self.command(args);
-        command.stdin(Stdio::piped());
-        command.spawn().unwrap()
-    }
-
-    fn port_pid(&self) -> i32 {
-        let out = self.adit(&["vm", "show", "a", "-o", "json"]);
-        let vm: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
-        vm["port_pid"].as_i64().unwrap() as i32
-    }
-
-    fn audit(&self) -> String {
-        std::fs::read_to_string(self.host.dir().join("state/aditd.audit")).unwrap_or_default()
     }
 }
 

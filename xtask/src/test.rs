@@ -133,6 +133,7 @@ const CHECKS: [Step; 12] = [
                 "ways_hosts",
                 "grants",
                 "exec",
+                "files",
                 "hybrid",
                 "libvirt_hook",
                 "with_vmm",

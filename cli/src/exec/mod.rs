@@ -31,9 +31,9 @@ pub use shell::{Shell, shell};
 use stream::{Carries, Ended, Signals};
 
 /// adit itself failed.
-pub const OWN: u8 = 125;
+pub(crate) const OWN: u8 = 125;
 /// There is no way to the guest, or it broke off.
-const WAY: u8 = 255;
+pub(crate) const WAY: u8 = 255;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -120,7 +120,7 @@ fn usage(message: impl Into<String>) -> Failure {
 }
 
 /// Makes a failure one of ours, as other programs that run programs have it.
-fn ours(failure: Failure) -> Failure {
+pub(crate) fn ours(failure: Failure) -> Failure {
     match failure.code.as_str() {
         "closed-pipe" | "interrupted" => failure,
         _ if failure.settled => failure,

@@ -11,16 +11,20 @@ use crate::text;
 const KEY: &str = "00112233445566778899aabbccddeeff";
 
 /// They need an agent to hand over, a proxy, or a server: `agents.rs`, `connecting.rs`, `forwarding.rs` and `tests/tests/ways_hosts.rs` have
-/// their tests, and so has `tests/tests/exec.rs`. What `adit connect` and `adit exec` print is the guest's.
-const ELSEWHERE: [&str; 8] = [
+/// their tests, and so have `tests/tests/exec.rs` and `tests/tests/files.rs`. What `adit connect` and `adit exec` print is the guest's.
+const ELSEWHERE: [&str; 12] = [
     "agent-upgrade",
     "attach",
     "connect",
+    "cp",
     "exec",
     "forward",
     "kill",
+    "ls",
     "proxy",
     "ps",
+    "rm",
+    "stat",
 ];
 
 /// Each command, and how it is called. Files that one makes, others read.

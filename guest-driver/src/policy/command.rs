@@ -28,7 +28,7 @@ Examples:
 Exit status: 0 it can be used; 1 it has mistakes, or others than root can change it; 2 it is not there or cannot be read.";
 
 const EXPLAIN: &str = "\
-KIND is a kind of step (`script`, `file`), `dial` for what the host may reach, or `exec`. The answer is that of the agent:
+KIND is a kind of step (`script`, `file`), `dial` for what the host may reach, `exec`, or `files`. The answer is that of the agent:
 the same code decides. Both must allow: the policy and adit-guest.toml.
 
 Examples:
@@ -36,6 +36,7 @@ Examples:
   adit-guest policy explain file --path /etc/motd --user root
   adit-guest policy explain dial --service tcp:22
   adit-guest policy explain exec --user deploy --command /usr/bin/uptime --ticket
+  adit-guest policy explain files --user deploy --path /srv/app --write
   adit-guest policy explain script --policy minimal.toml        # a file that is not in force; adit-guest.toml is left out
 
 Where a goal leaves them out, --user and --group are root, and so they are here.
@@ -80,7 +81,7 @@ pub enum PolicyCommand {
 /// What is asked about.
 #[derive(Args)]
 pub struct What {
-    /// A kind of step, `dial` or `exec`
+    /// A kind of step, `dial`, `exec` or `files`
     kind: String,
     /// Whom it runs as, or whose the file is: a name or a number
     #[arg(long, default_value = "root")]
@@ -100,6 +101,9 @@ pub struct What {
     /// The command comes with a signed ticket
     #[arg(long)]
     ticket: bool,
+    /// The file is written, or removed
+    #[arg(long)]
+    write: bool,
 }
 
 /// How an answer is printed.
@@ -258,6 +262,20 @@ pub fn notes(policy: &Policy) -> Vec<(usize, String)> {
         };
         notes.push((rule.allow.line, text.into()));
     }
+    for rule in &policy.files {
+        let writes_any = rule.write.as_ref().is_some_and(|of| of.value == Of::Any);
+        let text = match rule.allow.value {
+            Exec::Off => continue,
+            Exec::Ticket => {
+                "this agent takes no tickets for files: the rule is for a later version"
+            }
+            Exec::Host if writes_any && means_root(&rule.users.value) => {
+                "the host may write every file as root: it can do everything, and change this file"
+            }
+            Exec::Host => continue,
+        };
+        notes.push((rule.allow.line, text.into()));
+    }
     let numbers = accounts::of_policy(policy, &System);
     let (users, groups) = policy.names();
     let unknown_users = users
@@ -302,8 +320,9 @@ fn line_of(policy: &Policy, what: &str, name: &str) -> usize {
         _ => rule.groups.as_ref(),
     });
     let of_exec = policy.exec.iter().map(|rule| &rule.users);
-    let of_exec = of_exec.filter(|_| what == "user");
-    let mut lists = of_steps.chain(of_exec);
+    let of_files = policy.files.iter().map(|rule| &rule.users);
+    let of_users = of_exec.chain(of_files).filter(|_| what == "user");
+    let mut lists = of_steps.chain(of_users);
     lists
         .find(|at| has(&at.value))
         .map_or(policy.default, |at| at.line)
@@ -358,6 +377,12 @@ fn explain(
                 ticket: what.ticket,
             };
             (request, None)
+        }
+        "files" => {
+            let path = what.path.as_deref().ok_or_else(|| missing("path"))?;
+            let user = accounts::user(&what.user, &System);
+            let write = what.write;
+            (Request::Files { user, path, write }, None)
         }
         kind => {
             let touches = match (&what.path, kind == Kind::File.name()) {

@@ -5,6 +5,7 @@
 //! | a step | `[[step]]` | its kind, its user, each of its groups, and, if it writes a file, a root above its path |
 //! | a dial | `[[service]]` | the service's name |
 //! | a command | `[[exec]]` | its user, its path, and `allow`: `host` always, `ticket` with a ticket |
+//! | files | `[[files]]` | the user, a directory above the path (or the path itself), to read or to write, and `allow` as of a command |
 //!
 //! There are no rules that deny. So their order means nothing, a rule more never forbids, and a rule less never allows. Users and
 //! groups are compared by number: two names of one number are one user.
@@ -51,7 +52,7 @@ pub enum Of<T> {
     These(Vec<T>),
 }
 
-/// How commands may be run.
+/// How commands may be run, and files read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exec {
     /// Not at all.
@@ -99,6 +100,43 @@ pub struct ExecRule {
     pub commands: At<Of<String>>,
 }
 
+/// A `[[files]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilesRule {
+    /// Where it begins.
+    pub line: Line,
+    /// How.
+    pub allow: At<Exec>,
+    /// As whom.
+    pub users: At<Of<Who>>,
+    /// Directories, and files, that may be read; none: nothing.
+    pub read: Option<At<Of<String>>>,
+    /// The same, that may be written.
+    pub write: Option<At<Of<String>>>,
+}
+
+impl FilesRule {
+    fn paths(&self, is_write: bool) -> Option<&At<Of<String>>> {
+        match is_write {
+            true => self.write.as_ref(),
+            false => self.read.as_ref(),
+        }
+    }
+
+    /// The directory nearest to `/` that allows a path. It is also what no link may lead out of: a nearer one must not forbid more.
+    fn root(&self, path: &str, is_write: bool) -> Option<&str> {
+        match &self.paths(is_write)?.value {
+            Of::Any => Some("/"),
+            Of::These(list) => {
+                let above = list
+                    .iter()
+                    .filter(|root| path == *root || is_below(path, root));
+                above.min_by_key(|root| root.len()).map(String::as_str)
+            }
+        }
+    }
+}
+
 /// A policy file that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -110,6 +148,8 @@ pub struct Policy {
     pub services: Vec<ServiceRule>,
     /// Its `[[exec]]`s.
     pub exec: Vec<ExecRule>,
+    /// Its `[[files]]`s.
+    pub files: Vec<FilesRule>,
 }
 
 /// Numbers of the users and groups that a policy names, as they are in the guest at this moment.
@@ -158,6 +198,15 @@ pub enum Request<'a> {
         /// Whether a signed ticket orders it.
         ticket: bool,
     },
+    /// May the host have this read, or written?
+    Files {
+        /// As whom.
+        user: Account,
+        /// Where.
+        path: &'a str,
+        /// Whether it is written, or removed.
+        write: bool,
+    },
 }
 
 /// The answer.
@@ -167,7 +216,7 @@ pub enum Decision<'p> {
     Allow {
         /// The line that allows it.
         line: Line,
-        /// The deepest root that allows it, where a path was asked for.
+        /// The root that allows it, where a path was asked for: of a step the deepest, of files the one nearest to `/`.
         root: Option<&'p str>,
     },
     /// No.
@@ -356,6 +405,7 @@ impl Policy {
                 command,
                 ticket,
             } => self.exec(user, command, *ticket, numbers),
+            Request::Files { user, path, write } => self.files(user, path, *write, numbers),
         }
     }
 
@@ -465,6 +515,68 @@ impl Policy {
         Decision::Deny { line, reason }
     }
 
+    fn files<'p>(
+        &'p self,
+        user: &Account,
+        path: &str,
+        is_write: bool,
+        numbers: &Accounts,
+    ) -> Decision<'p> {
+        let shown_path = brief(path);
+        if path != "/" && !is_plain(path) {
+            return self.denied(format!("`{shown_path}` is not a plain absolute path"));
+        }
+        let mut allowed: Option<(Line, &str)> = None;
+        let mut nearest: Option<(Unmet, &FilesRule)> = None;
+        for rule in &self.files {
+            let root = rule.root(path, is_write);
+            let unmet = match (rule.users.value.has(user, &numbers.users), root) {
+                (false, _) => Unmet::User,
+                (true, None) => Unmet::Path,
+                (true, Some(root)) if rule.allow.value == Exec::Host => {
+                    if allowed.is_none_or(|(_, before)| root.len() < before.len()) {
+                        allowed = Some((rule.line, root));
+                    }
+                    continue;
+                }
+                (true, Some(_)) => Unmet::Way,
+            };
+            if nearest.is_none_or(|(before, _)| unmet > before) {
+                nearest = Some((unmet, rule));
+            }
+        }
+        if let Some((line, root)) = allowed {
+            let root = Some(root);
+            return Decision::Allow { line, root };
+        }
+        let Some((unmet, rule)) = nearest else {
+            return self.denied("no [[files]] allows a file".into());
+        };
+        let done = if is_write { "written" } else { "read" };
+        let (line, reason) = match (unmet, rule.allow.value, rule.paths(is_write)) {
+            (_, Exec::Off, _) => (rule.allow.line, "files are off here".into()),
+            (Unmet::Way, ..) => {
+                let why = format!("`{shown_path}` needs a signed ticket here");
+                (rule.allow.line, why)
+            }
+            (Unmet::Path, _, Some(paths)) => {
+                let these = match &paths.value {
+                    Of::Any => "any".into(),
+                    Of::These(list) => shown(list.iter()),
+                };
+                let why = format!("`{shown_path}` is not at or below {these}, which may be {done}");
+                (paths.line, why)
+            }
+            (Unmet::Path, _, None) => (rule.line, format!("by this rule nothing is {done}")),
+            _ => {
+                let these = rule.users.value.shown();
+                let why = format!("files are {done} as {these} here, not as {}", named(user));
+                (rule.users.line, why)
+            }
+        };
+        Decision::Deny { line, reason }
+    }
+
     /// Names of users and of groups in it, which are to be looked up.
     pub fn names(&self) -> (Vec<&str>, Vec<&str>) {
         fn of(list: &Of<Who>) -> impl Iterator<Item = &str> {
@@ -480,9 +592,11 @@ impl Policy {
         let steps = self.steps.iter();
         let of_steps = steps.clone().flat_map(|rule| of(&rule.users.value));
         let of_exec = self.exec.iter().flat_map(|rule| of(&rule.users.value));
+        let of_files = self.files.iter().flat_map(|rule| of(&rule.users.value));
         let groups = steps.filter_map(|rule| rule.groups.as_ref());
         let groups = groups.flat_map(|groups| of(&groups.value));
-        (of_steps.chain(of_exec).collect(), groups.collect())
+        let users = of_steps.chain(of_exec).chain(of_files);
+        (users.collect(), groups.collect())
     }
 
     /// Whether any rule has commands run.
@@ -495,9 +609,14 @@ impl Policy {
         self.exec.iter().any(|rule| rule.allow.value == Exec::Host)
     }
 
+    /// Whether any rule lets the host have files.
+    pub fn lets_host_files(&self) -> bool {
+        self.files.iter().any(|rule| rule.allow.value == Exec::Host)
+    }
+
     /// How many rules it has.
     pub fn rules(&self) -> usize {
-        self.steps.len() + self.services.len() + self.exec.len()
+        self.steps.len() + self.services.len() + self.exec.len() + self.files.len()
     }
 }
 

@@ -24,9 +24,10 @@ const fn required(section: &'static str, name: &'static str, takes: &'static str
 }
 
 const WHOM: &str = "\"any\", or a list of names and numbers";
+const PATHS: &str = "\"any\", or a list of absolute paths, such as [\"/srv\"]";
 
 /// All keys, in the order in which the example has them.
-pub const KEYS: [Key; 9] = [
+pub const KEYS: [Key; 13] = [
     required("", "default", "\"deny\""),
     required("step", "kinds", "a list of names, such as [\"script\"]"),
     required("step", "users", WHOM),
@@ -53,10 +54,24 @@ pub const KEYS: [Key; 9] = [
         "commands",
         "\"any\", or a list of absolute paths of programs",
     ),
+    required("files", "allow", "\"off\", \"ticket\" or \"host\""),
+    required("files", "users", WHOM),
+    Key {
+        section: "files",
+        name: "read",
+        takes: PATHS,
+        default: Some("nothing"),
+    },
+    Key {
+        section: "files",
+        name: "write",
+        takes: PATHS,
+        default: Some("nothing"),
+    },
 ];
 
 /// The sections, each of which is one rule.
-pub const SECTIONS: [&str; 3] = ["step", "service", "exec"];
+pub const SECTIONS: [&str; 4] = ["step", "service", "exec", "files"];
 
 /// The keys of a section.
 pub fn of(section: &str) -> impl Iterator<Item = &'static Key> {

@@ -8,7 +8,9 @@ use adit_tasks::{Kind, Principal};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::decide::{At, Exec, ExecRule, Line, Of, Policy, ServiceRule, StepRule, Who, is_plain};
+use super::decide::{
+    At, Exec, ExecRule, FilesRule, Line, Of, Policy, ServiceRule, StepRule, Who, is_plain,
+};
 use super::keys::{self, SECTIONS};
 
 /// Longest file, bytes.
@@ -158,27 +160,36 @@ impl<'t> Reader<'t> {
         let steps = self.rules(root, "step", Self::step);
         let services = self.rules(root, "service", Self::service);
         let exec = self.rules(root, "exec", Self::exec);
-        self.contradictions(&exec);
+        self.contradictions("exec", "commands", &exec, |rule| &rule.allow);
+        let files = self.rules(root, "files", Self::files);
+        self.contradictions("files", "files", &files, |rule| &rule.allow);
         Some(Policy {
             default: default?,
             steps: placeless(steps),
             services: placeless(services),
             exec: placeless(exec),
+            files: placeless(files),
         })
     }
 
-    /// What says two things about exec: nobody should have to know which of them counts.
-    fn contradictions(&mut self, rules: &[(Range<usize>, ExecRule)]) {
-        let is_off = |(_, rule): &&(Range<usize>, ExecRule)| rule.allow.value == Exec::Off;
+    /// What says two things about a section: nobody should have to know which of them counts.
+    fn contradictions<T>(
+        &mut self,
+        section: &str,
+        what: &str,
+        rules: &[(Range<usize>, T)],
+        allow: impl Fn(&T) -> &At<Exec>,
+    ) {
+        let is_off = |(_, rule): &&(Range<usize>, T)| allow(rule).value == Exec::Off;
         let Some((_, off)) = rules.iter().find(is_off) else {
             return;
         };
         for (at, _) in rules.iter().filter(|rule| !is_off(rule)) {
             let message = format!(
-                "this allows commands, and line {} says that exec is off: remove one of them",
-                off.allow.line
+                "this allows {what}, and line {} says that {section} is off: remove one of them",
+                allow(off).line
             );
-            self.wrong(at.clone(), Some("exec"), message);
+            self.wrong(at.clone(), Some(section), message);
         }
     }
 
@@ -312,28 +323,9 @@ impl<'t> Reader<'t> {
 
     fn exec(&mut self, table: &DeTable<'t>, at: Range<usize>) -> Option<ExecRule> {
         let line = self.line(&at);
-        let (allow_line, value) = self.required(table, "exec", "allow", at.clone())?;
-        let allow = match value.get_ref().as_str() {
-            Some("off") => Exec::Off,
-            Some("host") => Exec::Host,
-            Some("ticket") => Exec::Ticket,
-            _ => {
-                self.is_not(value, "allow", "\"off\", \"ticket\" or \"host\"");
-                return None;
-            }
-        };
-        let allow = At {
-            line: allow_line,
-            value: allow,
-        };
+        let allow = self.allow(table, "exec", at.clone())?;
         if allow.value == Exec::Off {
-            for name in ["users", "commands"] {
-                if let Some((key, _)) = table.get_key_value(name) {
-                    let message =
-                        "exec is off for everybody: `allow = \"off\"` is alone in its rule";
-                    self.wrong(key.span(), Some(name), message.into());
-                }
-            }
+            self.alone(table, "exec", &["users", "commands"]);
             // They hold for nobody.
             let (users, commands) = (Of::These(Vec::new()), Of::These(Vec::new()));
             return Some(ExecRule {
@@ -369,6 +361,89 @@ impl<'t> Reader<'t> {
                 line: commands_line,
                 value: commands,
             },
+        })
+    }
+
+    /// Whether a section is off, or by whose word it is on.
+    fn allow(
+        &mut self,
+        table: &DeTable<'t>,
+        section: &'static str,
+        at: Range<usize>,
+    ) -> Option<At<Exec>> {
+        let (line, value) = self.required(table, section, "allow", at)?;
+        let value = match value.get_ref().as_str() {
+            Some("off") => Exec::Off,
+            Some("host") => Exec::Host,
+            Some("ticket") => Exec::Ticket,
+            _ => {
+                self.is_not(value, "allow", "\"off\", \"ticket\" or \"host\"");
+                return None;
+            }
+        };
+        Some(At { line, value })
+    }
+
+    /// What is off has no other keys.
+    fn alone(&mut self, table: &DeTable<'t>, section: &str, names: &[&str]) {
+        for name in names {
+            if let Some((key, _)) = table.get_key_value(*name) {
+                let message = format!(
+                    "{section} is off for everybody: `allow = \"off\"` is alone in its rule"
+                );
+                self.wrong(key.span(), Some(name), message);
+            }
+        }
+    }
+
+    fn files(&mut self, table: &DeTable<'t>, at: Range<usize>) -> Option<FilesRule> {
+        let line = self.line(&at);
+        let allow = self.allow(table, "files", at.clone())?;
+        if allow.value == Exec::Off {
+            self.alone(table, "files", &["users", "read", "write"]);
+            let value = Of::These(Vec::new());
+            return Some(FilesRule {
+                line,
+                allow,
+                users: At { line, value },
+                read: None,
+                write: None,
+            });
+        }
+        let users = self.required(table, "files", "users", at.clone());
+        let users = users.and_then(|(line, value)| self.whom(value, "users", line));
+        let mut paths = |name: &'static str| {
+            table.get_key_value(name).map(|(key, value)| {
+                let line = self.line(&key.span());
+                let value = match value.get_ref().as_str() {
+                    Some("any") => Of::Any,
+                    _ => {
+                        let takes = "a plain absolute path: no `.`, `..`, `//` or slash at its end (all of them: \"any\" without brackets)";
+                        let path = |value: &DeValue<'_>| {
+                            let path = value.as_str()?;
+                            (path == "/" || is_plain(path)).then(|| path.to_owned())
+                        };
+                        let list = self.list(value, name, takes, path)?;
+                        Of::These(list.into_iter().map(|path| path.value).collect())
+                    }
+                };
+                Some(At { line, value })
+            })
+        };
+        let (read, write) = (paths("read"), paths("write"));
+        if read.is_none() && write.is_none() {
+            let message = "it has neither `read` nor `write`, so it allows nothing";
+            self.wrong(at, Some("files"), message.into());
+            return None;
+        }
+        // None of an inner `Option`: it is there, and a mistake was told.
+        let (read, write) = (swap(read)?, swap(write)?);
+        Some(FilesRule {
+            line,
+            allow,
+            users: users?,
+            read,
+            write,
         })
     }
 

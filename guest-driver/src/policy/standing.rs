@@ -150,14 +150,22 @@ impl Standing {
         match &self.force {
             Force::None => {
                 // What a guest's owner has to switch on is off where nothing says anything.
-                let is_exec = matches!(request, Request::Exec { .. });
-                let reason = match is_exec {
-                    true => "there is no policy file, and without one commands are off",
-                    false => "there is no policy file",
+                let (allowed, reason) = match request {
+                    Request::Exec { .. } => (
+                        false,
+                        "there is no policy file, and without one commands are off",
+                    ),
+                    Request::Files { .. } => (
+                        false,
+                        "there is no policy file, and without one files are off",
+                    ),
+                    Request::Dial { .. } | Request::Step { .. } => {
+                        (true, "there is no policy file")
+                    }
                 };
                 Answer {
                     file: None,
-                    allowed: !is_exec,
+                    allowed,
                     line: None,
                     reason: reason.into(),
                     root: None,
@@ -179,7 +187,7 @@ impl Standing {
                 let numbers = match request {
                     // It has no users: nothing is looked up for a stream.
                     Request::Dial { .. } => Accounts::default(),
-                    Request::Step { .. } | Request::Exec { .. } => {
+                    Request::Step { .. } | Request::Exec { .. } | Request::Files { .. } => {
                         accounts::of_policy(policy, guest)
                     }
                 };
@@ -220,18 +228,36 @@ impl Standing {
     /// # Errors
     /// None may: there is no policy, or it has no rule for commands.
     pub fn exec_at_all(&self) -> Result<(), Refusal> {
+        let allow = "`allow = \"host\"` or `allow = \"ticket\"`";
+        self.at_all(("commands", "exec", allow), Policy::lets_anybody)
+    }
+
+    /// The same of files.
+    ///
+    /// # Errors
+    /// As [`exec_at_all`](Self::exec_at_all).
+    pub fn files_at_all(&self) -> Result<(), Refusal> {
+        let allow = "`allow = \"host\"`";
+        self.at_all(("files", "files", allow), Policy::lets_host_files)
+    }
+
+    fn at_all(
+        &self,
+        (what, section, allow): (&str, &str, &str),
+        lets: fn(&Policy) -> bool,
+    ) -> Result<(), Refusal> {
         let denied = |why: String| Err(Refusal::new(Code::Denied, why));
         match &self.force {
             Force::None => denied(format!(
-                "commands are off in this guest: its owner's policy ({DEFAULT_FILE}) would have to allow them, and there is none"
+                "{what} are off in this guest: its owner's policy ({DEFAULT_FILE}) would have to allow them, and there is none"
             )),
             Force::Closed(file) => denied(format!(
-                "commands are off in this guest: its policy {} cannot be used",
+                "{what} are off in this guest: its policy {} cannot be used",
                 file.display()
             )),
-            Force::Policy(policy) if policy.1.lets_anybody() => Ok(()),
+            Force::Policy(policy) if lets(&policy.1) => Ok(()),
             Force::Policy(policy) => denied(format!(
-                "commands are off in this guest: no [[exec]] of its policy {} has `allow = \"host\"` or `allow = \"ticket\"`",
+                "{what} are off in this guest: no [[{section}]] of its policy {} has {allow}",
                 policy.0.display()
             )),
         }
@@ -268,6 +294,21 @@ impl Standing {
         match answer.allowed {
             true => Ok(()),
             false => Err(format!("the guest's policy: {}", answer.said())),
+        }
+    }
+
+    /// Whether the host may have this read, or written, as this user: the directory that no link may lead out of.
+    ///
+    /// # Errors
+    /// It may not; where that is said, and why.
+    pub fn files(&self, user: &str, path: &str, write: bool) -> Result<String, String> {
+        self.files_at_all()
+            .map_err(|refusal| refusal.text().to_owned())?;
+        let user = accounts::user(user, &System);
+        let answer = self.answer(&Request::Files { user, path, write }, &System);
+        match (answer.allowed, &answer.root) {
+            (true, Some(root)) => Ok(root.clone()),
+            _ => Err(format!("the guest's policy: {}", answer.said())),
         }
     }
 

@@ -16,7 +16,7 @@ mod ticketed;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -32,6 +32,7 @@ use adit_names::{ServiceName, escape};
 use adit_tasks::KeyId;
 use nix::unistd::User;
 
+use super::hand;
 use super::services::{Run, Service};
 use crate::exec::{cgroup, script, sessions};
 use crate::live::Live;
@@ -235,7 +236,7 @@ impl Shared {
             false => open.check(),
         };
         is_whole.map_err(|e| malformed(e.to_string()))?;
-        let user = user_of(name)?;
+        let user = hand::user_of(name).map_err(|why| refused(refusal::NO_USER, why))?;
         let at = match is_shell {
             true => login_shell(&user, &mut open),
             false => {
@@ -288,7 +289,7 @@ impl Shared {
     /// Starts a session process, and gives it the stream.
     fn start(&self, stream: Box<dyn HostStream>, spec: Spec, caller: &str) -> io::Result<()> {
         stream.set_timeout(None)?;
-        let (theirs, carried) = split(stream)?;
+        let (theirs, carried) = hand::split(stream)?;
         let spawned = self.spawn(theirs.as_fd(), &spec);
         match spawned {
             Ok(()) => {
@@ -315,7 +316,7 @@ impl Shared {
             }
         }
         drop(theirs);
-        carried.map_or(Ok(()), Carried::carry)
+        carried.map_or(Ok(()), hand::Carried::carry)
     }
 
     fn forget_input(&self, spec: &Spec) {
@@ -337,7 +338,7 @@ impl Shared {
         (keys, key): (Option<Keys>, Option<KeyId>),
     ) -> io::Result<()> {
         stream.set_timeout(None)?;
-        let (theirs, carried) = split(stream)?;
+        let (theirs, carried) = hand::split(stream)?;
         let attached = self.asked(id, |at| match &keys {
             Some(keys) => ask::attach_by_ticket(at, attaching, keys, theirs.as_fd()),
             None => ask::attach(at, attaching, theirs.as_fd()),
@@ -354,7 +355,7 @@ impl Shared {
             log::event("exec-attached", &fields);
             drop(theirs);
         }
-        carried.map_or(Ok(()), Carried::carry)
+        carried.map_or(Ok(()), hand::Carried::carry)
     }
 
     /// Asks a session, and says in a client's words why not.
@@ -428,26 +429,6 @@ fn is_gone(e: &io::Error) -> bool {
     matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
 }
 
-/// The rest of a stream whose bytes this process carries.
-struct Carried(Box<dyn HostStream>, OwnedFd);
-
-impl Carried {
-    fn carry(self) -> io::Result<()> {
-        self.0.relay_to(self.1.into())
-    }
-}
-
-/// The stream as a socket, for another process; and what is to be carried to it, where it is none.
-fn split(stream: Box<dyn HostStream>) -> io::Result<(OwnedFd, Option<Carried>)> {
-    match stream.into_socket() {
-        Ok(socket) => Ok((socket, None)),
-        Err(stream) => {
-            let (ours, theirs) = UnixStream::pair()?;
-            Ok((theirs.into(), Some(Carried(stream, ours.into()))))
-        }
-    }
-}
-
 /// The last thing that is said on a stream, in a record if it is sealed.
 fn sealed(keys: Option<Keys>, message: &ToClient) -> Vec<u8> {
     let frame = message.encode();
@@ -463,18 +444,6 @@ fn sealed(keys: Option<Keys>, message: &ToClient) -> Vec<u8> {
         // Cut off: that is an error there, too.
         Err(_) => Vec::new(),
     }
-}
-
-/// A user by name or number.
-fn user_of(name: &str) -> Result<User, Refused> {
-    let found = match name.parse::<u32>() {
-        Ok(number) => User::from_uid(number.into()),
-        Err(_) => User::from_name(name),
-    };
-    found.ok().flatten().ok_or_else(|| {
-        let text = format!("this guest has no user `{}`", escape(name).at_most(64));
-        refused(refusal::NO_USER, text)
-    })
 }
 
 /// The program that a user has for a login; its name for itself begins with a dash, which makes it read what is read at a login.

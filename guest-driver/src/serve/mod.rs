@@ -9,6 +9,8 @@ mod admission;
 pub mod agent;
 pub mod blob;
 pub mod exec;
+pub mod files;
+mod hand;
 mod named;
 mod note;
 mod ping;
@@ -32,6 +34,7 @@ use adit_channel::stream::Listener;
 
 use self::agent::Agent;
 use self::exec::Exec;
+use self::files::Files;
 use self::services::Services;
 use self::shares::{Shares, busy};
 use crate::config::NamedService;
@@ -151,6 +154,11 @@ impl Server {
     /// Runs commands, as far as the policy allows.
     pub fn runs(&self, exec: Exec) {
         self.services.runs(exec);
+    }
+
+    /// Has files read and written, as far as the policy allows.
+    pub fn copies(&self, files: Files) {
+        self.services.copies(files);
     }
 
     /// Serves only hellos with the MAC of the host's key, also before the host has given one.

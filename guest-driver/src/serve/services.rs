@@ -14,6 +14,7 @@ use adit_names::ServiceName;
 use super::agent::Agent;
 use super::blob::Blob;
 use super::exec::Exec;
+use super::files::Files;
 use super::named::Named;
 use super::ping::Ping;
 use super::shares::Shares;
@@ -59,6 +60,7 @@ pub struct Services {
     blob: Blob,
     agent: Option<Agent>,
     exec: OnceLock<Exec>,
+    files: OnceLock<Files>,
     policy: RwLock<Arc<Standing>>,
 }
 
@@ -72,6 +74,7 @@ impl Services {
             blob: Blob::new(blobs),
             agent,
             exec: OnceLock::new(),
+            files: OnceLock::new(),
             policy: RwLock::default(),
         }
     }
@@ -81,6 +84,9 @@ impl Services {
         if let Some(exec) = self.exec.get() {
             exec.govern(policy.clone());
         }
+        if let Some(files) = self.files.get() {
+            files.govern(policy.clone());
+        }
         *self.policy.write().unwrap_or_else(PoisonError::into_inner) = policy;
     }
 
@@ -89,6 +95,13 @@ impl Services {
         let exec = self.exec.get_or_init(|| exec);
         let policy = self.policy.read();
         exec.govern(policy.unwrap_or_else(PoisonError::into_inner).clone());
+    }
+
+    /// Has files read and written, in the same way.
+    pub fn copies(&self, files: Files) {
+        let files = self.files.get_or_init(|| files);
+        let policy = self.policy.read();
+        files.govern(policy.unwrap_or_else(PoisonError::into_inner).clone());
     }
 
     /// Whether a hello asks for what only the host may have.
@@ -102,8 +115,10 @@ impl Services {
     fn all(&self) -> Vec<&dyn Service> {
         let agent = self.agent.iter().map(|agent| agent as &dyn Service);
         let exec = self.exec.get().map(|exec| exec as &dyn Service);
+        let files = self.files.get().map(|files| files as &dyn Service);
         let all: [&dyn Service; 4] = [&self.tcp, &self.named, &self.ping, &self.blob];
-        all.into_iter().chain(agent).chain(exec).collect()
+        let all = all.into_iter().chain(agent).chain(exec);
+        all.chain(files).collect()
     }
 
     /// Opens what a hello asks for; the version is what both sides speak.

@@ -324,7 +324,7 @@ fn explain(spec: &Spec, cwd: &CString, e: &io::Error) -> Refused {
 }
 
 /// Standard output as a stream of this process's own, and /dev/null in its place.
-pub(super) fn take_stdout() -> io::Result<OwnedFd> {
+pub(crate) fn take_stdout() -> io::Result<OwnedFd> {
     let own = io::stdout().as_fd().try_clone_to_owned()?;
     let nowhere = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&nowhere)?;

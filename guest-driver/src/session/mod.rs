@@ -24,6 +24,7 @@ use adit_exec::seal::Keys;
 use adit_exec::{Open, Refused, TEXT_MAX};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::child::take_stdout;
 pub use self::process::run;
 
 /// Variable by which a session's processes are known to people.

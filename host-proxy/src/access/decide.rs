@@ -13,7 +13,7 @@ use adit_port::control::Target;
 use adit_tasks::vms::Vms;
 
 use super::caller::Caller;
-use super::grant::Grant;
+use super::grant::{Grant, May};
 use super::subject::Subject;
 
 /// Services of a guest that only the owner reaches: they are given files, and say themselves what they do with them.
@@ -34,6 +34,17 @@ pub enum Verb<'a> {
     Manage,
     /// To have commands run in it as this user; none: as any.
     Exec(Option<&'a str>),
+    /// To have files read and written there.
+    Files(Where<'a>),
+}
+
+/// As whom, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Where<'a> {
+    /// A user of the guest.
+    pub user: &'a str,
+    /// An absolute, plain path; or one below the user's home, which only the guest knows.
+    pub path: &'a str,
 }
 
 /// What of a VM decides.
@@ -236,6 +247,25 @@ impl Grants {
         Err(reason)
     }
 
+    /// Bytes of a path that are the directory which grants for files are for: of all that let a caller do this, that of the one which is for
+    /// most; 0: all. None: no grant lets them.
+    pub fn files_root(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        vm: VmView<'_>,
+        now_ms: i64,
+    ) -> Option<usize> {
+        if caller.is_owner() {
+            return Some(0);
+        }
+        let holds = |grant: &&Grant| grant.until_ms.is_none_or(|until| now_ms < until);
+        let grants = self.covering(caller, verb, About::Vm(vm)).filter(holds);
+        let covering =
+            grants.flat_map(|grant| grant.may.iter().filter(|may| may.covers(verb, false)));
+        covering.map(May::root_len).min()
+    }
+
     /// Whether a caller may see any VM at all, there or not.
     pub fn sees_any(&self, caller: &Caller, now_ms: i64) -> bool {
         let is = |grant: &Grant| grant.may.iter().any(|may| may.covers(Verb::See, false));
@@ -429,6 +459,7 @@ impl Verb<'_> {
             Self::Goal => ("goal", String::new()),
             Self::Manage => ("manage", String::new()),
             Self::Exec(user) => ("exec", user.unwrap_or("*").to_owned()),
+            Self::Files(Where { user, path }) => ("files", format!("{user}@{path}")),
         }
     }
 }
@@ -482,6 +513,13 @@ impl fmt::Display for Verb<'_> {
             Self::Manage => f.pad("manage"),
             Self::Exec(Some(user)) => write!(f, "run commands as `{user}` in"),
             Self::Exec(None) => f.pad("run commands as any user in"),
+            Self::Files(Where { user, path }) => {
+                let path = match *path {
+                    "" => "the home",
+                    path => path,
+                };
+                write!(f, "read and write `{path}` as `{user}` in")
+            }
         }
     }
 }

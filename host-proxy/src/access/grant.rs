@@ -11,6 +11,8 @@
 //! | `manage` | it is added, changed, removed |
 //! | `exec` | commands are run in it, as any user of it, and its sessions are shown and ended |
 //! | `exec:deploy,www-data` | the same, as these users |
+//! | `files` | files are read, written, listed and removed in it, as any user of it |
+//! | `files:/srv/app`, `files:deploy@/srv/app` | the same, at this path and below; as this user |
 //!
 //! `reach` is also by a listener that leads there, as `forward` is. Else none of them implies another one.
 
@@ -22,7 +24,7 @@ use adit_names::ServiceName;
 use adit_port::control::Target;
 use adit_tasks::vms::Vms;
 
-use super::decide::Verb;
+use super::decide::{Verb, Where};
 use super::subject::Subject;
 
 /// Most grants of a host.
@@ -33,7 +35,7 @@ pub const LIST_MAX: usize = 256;
 const USER_MAX: usize = 32;
 
 /// What to say of verbs that are thought of and not there.
-const LATER: [&str; 3] = ["files", "expose", "capture"];
+const LATER: [&str; 2] = ["expose", "capture"];
 
 /// A grant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +86,15 @@ pub enum May {
     Manage,
     /// Commands are run in it, as any user; with a list, as these.
     Exec(Option<Users>),
+    /// Files are read and written in it, anywhere and as any user; or there.
+    Files(Option<FilesAt>),
+}
+
+/// Where files may be read and written, and as whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilesAt {
+    user: Option<String>,
+    path: String,
 }
 
 /// Users of a guest, by the names that a client gives.
@@ -103,7 +114,7 @@ pub struct Ports {
 pub enum MayError {
     /// No such verb.
     #[error(
-        "it takes `reach`, `reach:PORTS`, `forward`, `see`, `task`, `goal`, `manage`, `exec` and `exec:USERS`"
+        "it takes `reach`, `reach:PORTS`, `forward`, `see`, `task`, `goal`, `manage`, `exec`, `exec:USERS`, `files`, `files:/PATH` and `files:USER@/PATH`"
     )]
     Unknown,
     /// No users.
@@ -111,6 +122,11 @@ pub enum MayError {
         "`exec:` takes users of the guest such as deploy,www-data: at most {LIST_MAX}, of letters, digits and `._-`"
     )]
     Users,
+    /// No path.
+    #[error(
+        "`files:` takes an absolute path without `.`, `..`, `//` or a slash at its end, such as /srv/app, with a user of the guest before it where that is to be: deploy@/srv/app"
+    )]
+    Files,
     /// It would do nothing.
     #[error("nothing of this aditd asks for `{0}` yet")]
     Later(&'static str),
@@ -143,6 +159,43 @@ impl FromStr for Users {
 impl fmt::Display for Users {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0.join(","))
+    }
+}
+
+impl FilesAt {
+    fn has(&self, at: Where<'_>) -> bool {
+        let is_user = self.user.as_deref().is_none_or(|user| user == at.user);
+        let is_below = || {
+            let rest = at.path.strip_prefix(&self.path);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        // Where a home is only the guest knows.
+        is_user && (self.path == "/" || is_below())
+    }
+}
+
+impl FromStr for FilesAt {
+    type Err = MayError;
+
+    fn from_str(text: &str) -> Result<Self, MayError> {
+        let (user, path) = match text.split_once("@/") {
+            Some((user, _)) if !text.starts_with('/') => (Some(user), &text[user.len() + 1..]),
+            _ => (None, text),
+        };
+        let fits = user.is_none_or(Users::could_be)
+            && adit_files::is_plain(path)
+            && path.len() <= adit_files::PATH_MAX;
+        let (user, path) = (user.map(str::to_owned), path.to_owned());
+        fits.then_some(Self { user, path }).ok_or(MayError::Files)
+    }
+}
+
+impl fmt::Display for FilesAt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.user {
+            Some(user) => write!(f, "{user}@{}", self.path),
+            None => f.write_str(&self.path),
+        }
     }
 }
 
@@ -216,7 +269,17 @@ impl May {
                 users.0.iter().any(|one| one == user)
             }
             (Self::Forward, Verb::Reach(_)) => led,
+            (Self::Files(None), Verb::Files(_)) => true,
+            (Self::Files(Some(files)), Verb::Files(at)) => files.has(at),
             _ => false,
+        }
+    }
+
+    /// Bytes of the path that it is for; 0: any.
+    pub(super) fn root_len(&self) -> usize {
+        match self {
+            Self::Files(Some(files)) if files.path != "/" => files.path.len(),
+            _ => 0,
         }
     }
 }
@@ -242,6 +305,8 @@ impl FromStr for May {
             ("manage", None) => Ok(Self::Manage),
             ("exec", None) => Ok(Self::Exec(None)),
             ("exec", Some(users)) => Ok(Self::Exec(Some(users.parse()?))),
+            ("files", None) => Ok(Self::Files(None)),
+            ("files", Some(at)) => Ok(Self::Files(Some(at.parse()?))),
             _ => Err(MayError::Unknown),
         }
     }
@@ -259,6 +324,8 @@ impl fmt::Display for May {
             Self::Manage => f.pad("manage"),
             Self::Exec(None) => f.pad("exec"),
             Self::Exec(Some(users)) => write!(f, "exec:{users}"),
+            Self::Files(None) => f.pad("files"),
+            Self::Files(Some(at)) => write!(f, "files:{at}"),
         }
     }
 }
@@ -322,6 +389,10 @@ mod tests {
             "manage",
             "exec",
             "exec:deploy,www-data,1000",
+            "files",
+            "files:/",
+            "files:/srv/a@/b",
+            "files:deploy@/srv/app",
         ] {
             assert_eq!(text.parse::<May>().unwrap().to_string(), text);
         }
@@ -349,11 +420,47 @@ mod tests {
         for text in ["", "Reach", "see:x", "all", "*"] {
             assert_eq!(text.parse::<May>(), Err(MayError::Unknown), "{text}");
         }
-        assert_eq!("files:/srv".parse::<May>(), Err(MayError::Later("files")));
+        assert_eq!("expose:web".parse::<May>(), Err(MayError::Later("expose")));
+        for at in [
+            "",
+            "srv",
+            "/srv/",
+            "/srv/../etc",
+            "//",
+            "a b@/srv",
+            "@/srv",
+            "deploy@",
+            "deploy",
+        ] {
+            let may = format!("files:{at}").parse::<May>();
+            assert_eq!(may, Err(MayError::Files), "{at}");
+        }
         for users in ["", "root,", "a b", "-x", "*", &"u".repeat(USER_MAX + 1)] {
             let may = format!("exec:{users}").parse::<May>();
             assert_eq!(may, Err(MayError::Users), "{users}");
         }
+    }
+
+    #[test]
+    fn r122_files_are_granted_at_a_path_and_below_and_as_the_user_that_is_named() {
+        let has = |may: &str, user, path| {
+            let verb = Verb::Files(Where { user, path });
+            may.parse::<May>().unwrap().covers(verb, false)
+        };
+        assert!(has("files", "root", "") && has("files", "root", "/etc/passwd"));
+        assert!(has("files:/srv", "ops", "/srv") && has("files:/srv", "ops", "/srv/a/b"));
+        for path in ["/srvx", "/", "/etc", "srv", "", "a"] {
+            assert!(!has("files:/srv", "ops", path), "{path}");
+        }
+        assert!(has("files:ops@/srv", "ops", "/srv/a") && !has("files:ops@/srv", "root", "/srv/a"));
+        assert!(has("files:ops@/", "ops", "") && has("files:/", "ops", "a"));
+        assert!(!has("exec", "ops", "/srv") && !has("manage", "ops", "/srv"));
+        assert!(
+            !"files"
+                .parse::<May>()
+                .unwrap()
+                .covers(Verb::Exec(None), false)
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@ use adit_port::control::{TAG_MAX, Target};
 use serde::{Deserialize, Serialize};
 
 use super::caller::Caller;
-use super::decide::Verb;
+use super::decide::{Verb, Where};
 use super::subject::Subject;
 
 /// A tunnel's caller and target.
@@ -28,6 +28,9 @@ pub struct Tag {
     /// It is a session of a command, as this user; empty: as any.
     #[serde(rename = "e", default, skip_serializing_if = "Option::is_none")]
     exec: Option<String>,
+    /// Files are read or written over it: as whom, and where.
+    #[serde(rename = "w", default, skip_serializing_if = "Option::is_none")]
+    files: Option<(String, String)>,
     /// It came by a listener that leads there.
     #[serde(rename = "l", default, skip_serializing_if = "std::ops::Not::not")]
     is_led: bool,
@@ -39,12 +42,17 @@ impl Tag {
         if caller.is_owner() {
             return None;
         }
-        let (target, exec) = match verb {
-            Verb::Reach(target) => (target.clone(), None),
+        // No name of a VM's own lists: an aditd of before, which knows nothing of them, ends it.
+        let none = Target::VsockPort(0);
+        let (target, exec, files) = match verb {
+            Verb::Reach(target) => (target.clone(), None, None),
             Verb::Exec(user) => {
-                // No name of a VM's own lists: an aditd of before, which knows nothing of `exec`, ends it.
                 let user = Some(user.unwrap_or_default().to_owned());
-                (Target::VsockPort(0), user)
+                (none, user, None)
+            }
+            Verb::Files(Where { user, path }) => {
+                let files = Some((user.to_owned(), path.to_owned()));
+                (none, None, files)
             }
             Verb::See | Verb::Task | Verb::Goal | Verb::Manage => return None,
         };
@@ -62,6 +70,7 @@ impl Tag {
             via: caller.via().cloned(),
             target,
             exec,
+            files,
             is_led: caller.is_led(),
         };
         loop {
@@ -86,9 +95,10 @@ impl Tag {
 
     /// What is done over it.
     pub fn verb(&self) -> Verb<'_> {
-        match &self.exec {
-            None => Verb::Reach(&self.target),
-            Some(user) => Verb::Exec(Some(user.as_str()).filter(|user| !user.is_empty())),
+        match (&self.exec, &self.files) {
+            (None, Some((user, path))) => Verb::Files(Where { user, path }),
+            (None, None) => Verb::Reach(&self.target),
+            (Some(user), _) => Verb::Exec(Some(user.as_str()).filter(|user| !user.is_empty())),
         }
     }
 
@@ -140,6 +150,11 @@ mod tests {
             let tag = Tag::of(&caller, Verb::Exec(user)).unwrap();
             assert_eq!(Tag::read(&tag).unwrap().verb(), Verb::Exec(user));
         }
+        let path = &format!("/{}", "x".repeat(399));
+        let user = "deploy";
+        let files = Verb::Files(Where { user, path });
+        let tag_of_files = Tag::of(&caller, files).unwrap();
+        assert_eq!(Tag::read(&tag_of_files).unwrap().verb(), files);
         let names = |caller: &Caller| {
             caller
                 .subjects()

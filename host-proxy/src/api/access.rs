@@ -13,6 +13,7 @@ use utoipa::IntoParams;
 
 use super::lists::{self, PageQuery};
 use super::{Answer, ApiError, App, find};
+use crate::access::decide::Where;
 use crate::access::{Access, Caller, Grant, Subject, Verb};
 use crate::proxy::authority;
 use crate::reach::find::Found;
@@ -23,12 +24,12 @@ use crate::reach::{self, Destination};
 pub(super) struct Check {
     /// Who asks: `user:NAME`, `group:NAME`, `token:NAME`, `cert:NAME`, `network:NAME`, `anyone` or `owner`.
     r#as: String,
-    /// `reach` with a target; `forward`, the same by a listener that leads there; `exec` with a user of the guest for its target; `see`, `task`, `goal`, `manage` without one.
+    /// `reach` with a target; `forward`, the same by a listener that leads there; `exec` with a user of the guest for its target; `files` with a user and a path, as deploy@/srv; `see`, `task`, `goal`, `manage` without one.
     verb: String,
     /// The VM. Of `reach` and `forward` without a target, also where in it, as a client of the proxy writes it: `web-1:80`,
     /// `vsock-5000.web-1`, `docker.web-1.svc`.
     vm: String,
-    /// `tcp:80`, `vsock:5000`, or the name of a service; of `exec` a user, without one any of them.
+    /// `tcp:80`, `vsock:5000`, or the name of a service; of `exec` a user, without one any of them; of `files` USER@/PATH.
     #[serde(default)]
     target: Option<String>,
 }
@@ -45,9 +46,11 @@ pub(super) async fn check(
     Query(ask): Query<Check>,
 ) -> Answer<AccessDecision> {
     let caller = caller(&state, &ask.r#as).await?;
-    let is_exec = ask.verb == "exec";
+    let (is_exec, is_files) = (ask.verb == "exec", ask.verb == "files");
     let user = ask.target.as_deref().filter(|_| is_exec);
-    let target = ask.target.as_deref().filter(|_| !is_exec);
+    let files = ask.target.as_deref().filter(|_| is_files);
+    let files = files.and_then(|at| at.split_once('@'));
+    let target = ask.target.as_deref().filter(|_| !is_exec && !is_files);
     let target = target.map(self::target).transpose()?;
     let (to, target) = destination(&state, &ask, target)?;
     let caller = match &*ask.verb {
@@ -61,9 +64,13 @@ pub(super) async fn check(
         ("goal", None) => Verb::Goal,
         ("manage", None) => Verb::Manage,
         ("exec", None) => Verb::Exec(user),
+        ("files", None) if files.is_some() => {
+            let (user, path) = files.unwrap_or_default();
+            Verb::Files(Where { user, path })
+        }
         _ => {
             return Err(usage(
-                "a verb is `reach` or `forward` with a target, `exec` with or without a user, or `see`, `task`, `goal`, `manage` without one",
+                "a verb is `reach` or `forward` with a target, `exec` with or without a user, `files` with USER@/PATH, or `see`, `task`, `goal`, `manage` without one",
             ));
         }
     };

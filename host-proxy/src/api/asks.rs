@@ -161,17 +161,16 @@ impl Asks {
         })
     }
 
-    /// Whether they may have this run in the VM of that name: as [`may`](Self::may), with a line that says what.
+    /// Whether they may do this in the VM of that name: as [`may`](Self::may), with a line that says what, also of the owner.
     ///
     /// # Errors
     /// They may not.
-    pub(super) fn may_exec(
+    pub(super) fn may_do(
         &self,
         state: &State,
-        user: Option<&str>,
-        (name, what): (&str, &str),
+        verb: Verb<'_>,
+        (name, target): (&str, &str),
     ) -> Result<(), ApiError> {
-        let verb = Verb::Exec(user);
         let by = match self.is_owner() {
             true => Some("owner".to_owned()),
             false => match self.decided(state, verb, name) {
@@ -181,9 +180,7 @@ impl Asks {
             },
         };
         if let Some(by) = by {
-            let (word, user) = verb.words();
-            let target = format!("{user}:{what}");
-            state.allowed_to(&self.caller, word, (name, &target), &by);
+            state.allowed_to(&self.caller, verb.words().0, (name, target), &by);
         }
         Ok(())
     }

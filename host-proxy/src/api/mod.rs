@@ -1,6 +1,6 @@
 //! The JSON API on the Unix socket and on management listeners; `adit_api` lists the endpoints and has the types.
 //!
-//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `host_events` what happens here, `vms` what is asked of VMs (`wait`: when they are ready; `lock`: whether anything new goes there; `exec`: commands in them), `blobs` files for them, `tasks` of goals and tasks (`elsewhere`: of those of other hosts; `lists`: the newest of them, and
+//! `openapi` has the document that describes all of it, `access` has what is asked of grants, `discovery` targets for Prometheus, `host_events` what happens here, `vms` what is asked of VMs (`wait`: when they are ready; `lock`: whether anything new goes there; `exec`: commands in them; `files`: their files; `handed`: connections that become a stream), `blobs` files for them, `tasks` of goals and tasks (`elsewhere`: of those of other hosts; `lists`: the newest of them, and
 //! filters that name nothing); `asks` knows who makes a request, and `rules` what that takes; here is the rest, and how a request fails.
 
 mod access;
@@ -10,6 +10,8 @@ mod blobs;
 mod discovery;
 mod elsewhere;
 mod exec;
+mod files;
+mod handed;
 mod host_events;
 mod lists;
 mod lock;
@@ -118,6 +120,7 @@ fn own() -> OpenApiRouter<App> {
         .routes(routes!(blobs::send))
         .routes(routes!(blobs::order))
         .routes(routes!(exec::exec))
+        .routes(routes!(files::files))
         .routes(routes!(access::check))
         .routes(routes!(access::grants))
         .routes(routes!(config))

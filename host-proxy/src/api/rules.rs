@@ -32,7 +32,7 @@ use Takes::{Handler, Host, Name, Nothing, Vm};
 use Verb::{Manage, See};
 
 /// The table.
-pub(super) const RULES: [(&str, &str, Takes); 37] = [
+pub(super) const RULES: [(&str, &str, Takes); 38] = [
     ("GET", "/healthz", Nothing),
     ("GET", "/v1/openapi.json", Name),
     // `see`
@@ -60,6 +60,8 @@ pub(super) const RULES: [(&str, &str, Takes); 37] = [
     ("POST", "/v1/goals", Handler),
     // `exec`, as a user
     ("POST", "/v1/vms/{name}/exec", Handler),
+    // `files`, as a user and at a path
+    ("POST", "/v1/vms/{name}/files", Handler),
     // `manage`; of a VM that is not there yet by its name
     ("POST", "/v1/vms", Handler),
     ("PATCH", "/v1/vms/{name}", Vm(Manage)),

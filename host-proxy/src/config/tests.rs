@@ -777,9 +777,11 @@ fn a_grant_must_say_who_what_and_with_which_vms() {
         let text: String = lines.map(|line| format!("{line}\n")).collect();
         assert_eq!(problems(&text)[0].key.as_deref(), Some(key));
     }
-    let said = &problems(&GRANT.replace("see", "files:/srv"))[0].message;
-    assert!(said.contains("`files`"), "{said}");
-    assert!(parse(&GRANT.replace("see", "exec:root")).is_ok());
+    let said = &problems(&GRANT.replace("see", "expose:web"))[0].message;
+    assert!(said.contains("`expose`"), "{said}");
+    for may in ["exec:root", "files", "files:ops@/srv"] {
+        assert!(parse(&GRANT.replace("see", may)).is_ok());
+    }
     let grants = parse(GRANT).unwrap().grants();
     assert_eq!(grants.all()[0].place, "a.toml:1");
 }

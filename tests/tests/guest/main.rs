@@ -21,6 +21,7 @@ mod clock;
 mod clones;
 mod cuts;
 mod exec;
+mod files;
 mod from_guest;
 mod hostile;
 mod hosts;

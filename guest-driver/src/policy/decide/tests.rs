@@ -312,3 +312,36 @@ fn a_reason_is_one_short_line_whatever_was_asked() {
     let (_, reason) = asks(&policy(&rule), Touches::script("root")).unwrap_err();
     assert!(reason.contains("and 194 more"), "{reason}");
 }
+
+#[test]
+fn r122_files_are_read_and_written_where_a_rule_says_and_no_link_may_lead_out_of_that() {
+    let rules = "[[files]]\nallow = \"host\"\nusers = [\"deploy\"]\nread = [\"/srv\", \"/etc/hostname\"]\nwrite = [\"/srv/app\"]\n\
+                 [[files]]\nallow = \"host\"\nusers = [33]\nwrite = \"any\"\n[[files]]\nallow = \"ticket\"\nusers = [\"root\"]\nread = \"any\"\n";
+    let policy = policy(rules);
+    let numbers = of_policy(&policy, &Guest);
+    let root = |name: &str, path: &str, write| {
+        let user = user(name, &Guest);
+        match policy.decide(&Request::Files { user, path, write }, &numbers) {
+            Decision::Allow { root, .. } => Ok(root.unwrap().to_owned()),
+            Decision::Deny { line, .. } => Err(line),
+        }
+    };
+    let allowed = |root: &str| Ok(root.to_owned());
+    assert_eq!(root("deploy", "/srv/app/x", false), allowed("/srv"));
+    assert_eq!(root("deploy", "/srv", false), allowed("/srv"));
+    assert_eq!(
+        root("deploy", "/etc/hostname", false),
+        allowed("/etc/hostname")
+    );
+    assert_eq!(root("deploy", "/srv/app/x", true), allowed("/srv/app"));
+    assert_eq!(root("www-data", "/etc/passwd", true), allowed("/"));
+    // The condition that is not met, in the rule that comes nearest.
+    assert_eq!(root("deploy", "/srvx", false), Err(5));
+    assert_eq!(root("deploy", "/srv/x", true), Err(6));
+    assert_eq!(root("www-data", "/etc/passwd", false), Err(7));
+    assert_eq!(root("root", "/etc/passwd", false), Err(12));
+    for path in ["/srv/../etc/shadow", "srv", "/srv/", "", "/srv//x"] {
+        assert_eq!(root("deploy", path, false), Err(1), "{path}");
+    }
+    assert!(policy.lets_host_files() && !policy.lets_host());
+}

@@ -156,6 +156,20 @@ fn a_mistake_names_line_column_and_key() {
             "users",
         ),
         ("[[exec]]\nallow = true\n", 3, 9, "allow"),
+        ("[[files]]\nallow = true\n", 3, 9, "allow"),
+        ("[[files]]\nallow = \"off\"\nread = \"any\"\n", 4, 1, "read"),
+        (
+            "[[files]]\nallow = \"host\"\nusers = \"any\"\n",
+            2,
+            1,
+            "files",
+        ),
+        (
+            "[[files]]\nallow = \"host\"\nusers = \"any\"\nread = [\"/srv/\"]\n",
+            5,
+            9,
+            "read",
+        ),
         (
             "[[exec]]\nallow = \"off\"\nusers = \"any\"\n",
             4,

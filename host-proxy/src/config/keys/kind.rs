@@ -141,7 +141,7 @@ impl Kind {
                     Texts::Vouched => "of `user:NAME` and `group:NAME`",
                     Texts::Addresses => "IP addresses of a host",
                     Texts::May => {
-                        "of `reach`, `reach:PORTS` (also `svc:NAME`), `forward`, `see`, `task`, `goal`, `manage`, `exec` and `exec:USERS`"
+                        "of `reach`, `reach:PORTS` (also `svc:NAME`), `forward`, `see`, `task`, `goal`, `manage`, `exec`, `exec:USERS`, `files`, `files:/PATH` and `files:USER@/PATH`"
                     }
                 };
                 format!("a list of at most {max} {what}, each in quotes")

@@ -310,7 +310,7 @@ pub(super) const KEYS: &[Key] = &[
         meaning: "What they may do. `reach`: connect to what the VM's `allow`, `allow_vsock` and `allow_services` have, with ports (or `svc:NAME`) to these of them. \
                   `forward`: connect by a listener that leads to one place of it (`to`), and not by the proxy. `see`: \
                   know that the VM is there; without it, it looks as if it were not. `task`: see its tasks. `goal`: apply goals to it. \
-                  `manage`: change its settings. `exec`: run commands in it as any user of it, `exec:USERS` as these. `reach` is by listeners, too; else none implies another.",
+                  `manage`: change its settings. `exec`: run commands in it as any user of it, `exec:USERS` as these. `files`: read and write its files as any user of it, `files:/PATH` at that path and below, `files:USER@/PATH` as that user. `reach` is by listeners, too; else none implies another.",
         default: REQUIRED,
         example: "[\"reach:80,443\", \"see\"]",
         kind: Kind::Texts {
