@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::client::Client;
 use crate::error::Failure;
-use crate::text::Format;
+use crate::text::{Format, escape};
 use crate::{completion, output};
 
 const CHECK_EXAMPLE: &str = "\
@@ -101,7 +101,7 @@ async fn check(check: &Check, client: &Client, format: Format) -> Result<(), Fai
     });
     match (format, denied) {
         (Format::Json, None) => output::json(&decision),
-        (Format::Table, None) => output::line(&decision.text),
+        (Format::Table, None) => output::line(escape(&decision.text)),
         (_, Some(denied)) => Err(denied),
     }
 }

@@ -23,14 +23,16 @@ impl From<ClientError> for Failure {
                 Self::new("unreachable", message)
                     .help("check that its host runs, and that its aditd.toml has a [[listen]] with `role = \"management\"` there")
             }
-            ClientError::Untrusted { .. } => Self::new("untrusted-server", said)
-                .help("nothing was asked of it: check --server, --ca and --pin; if the key has changed, ask whoever runs it"),
+            ClientError::Untrusted { help, .. } => Self::new("untrusted-server", said).help(help),
+            ClientError::Proxy => Self::new("not-the-api", said)
+                .help("--server takes the port of a [[listen]] with `role = \"management\"` in the aditd.toml of its host"),
             ClientError::Late { .. } => Self::new("unreachable", said)
                 .help("it may still do what was asked; look at `systemctl status aditd` and `journalctl -u aditd`, or give it longer with --request-timeout"),
             ClientError::NoAnswer(why) => Self::new(
                 "cut-off",
                 format!("{said}: {}", adit_print::with_causes(&why)),
-            ),
+            )
+            .help("look at `journalctl -u aditd` on its host; --server takes the port of a [[listen]] with `role = \"management\"`"),
             ClientError::CutOff(why) => Self::new("cut-off", format!("{said}: {why}")),
             ClientError::WentAway(why) => Self::new("cut-off", format!("{said}: {why}"))
                 .help("what was accepted is on its disk: run the command again"),

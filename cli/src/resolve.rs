@@ -6,7 +6,7 @@ use clap::Args;
 use crate::client::Client;
 use crate::error::Failure;
 use crate::output;
-use crate::text::Format;
+use crate::text::{Format, escape};
 
 const EXAMPLE: &str = "\
 Examples:
@@ -39,10 +39,11 @@ pub async fn resolve(resolve: &Resolve, client: &Client, format: Format) -> Resu
         (Format::Json, _) => output::json(&found)?,
         (Format::Table, Some(host)) => {
             let here = if found.here { ", this one" } else { "" };
-            output::line(format_args!("{} is on host {host}{here}", found.vm))?;
+            let (vm, host) = (escape(&found.vm), escape(host));
+            output::line(format_args!("{vm} is on host {host}{here}"))?;
         }
         (Format::Table, None) if found.here => {
-            output::line(format_args!("{} is on this host", found.vm))?
+            output::line(format_args!("{} is on this host", escape(&found.vm)))?
         }
         (Format::Table, None) => table(&found.claims)?,
     }

@@ -101,8 +101,8 @@ impl Spool {
         let n = usize::try_from(self.sent - self.base).unwrap_or(0);
         self.drop_first(n);
         if self.bytes.is_empty() {
-            // A burst is not kept in memory for as long as the command runs.
-            self.bytes.shrink_to(SPOOL_MAX / 16);
+            // A burst is not kept in memory for as long as the command runs; what one read brings is, for the next one.
+            self.bytes.shrink_to(SPOOL_MAX / 4);
         }
     }
 

@@ -367,6 +367,7 @@ impl Open {
 /// A frame whose body is these bytes.
 fn plain(kind: u16, bytes: &[u8]) -> Vec<u8> {
     let mut out = framed(kind, &());
+    out.reserve_exact(OFFSET_LEN + bytes.len());
     let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     out[..4].copy_from_slice(&len.to_le_bytes());
     out.extend(bytes);

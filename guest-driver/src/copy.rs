@@ -1,4 +1,4 @@
-//! The process of a copy, a list or a removal: this program again. It becomes the user that was asked for before it touches a path, and then
+//! The process of a copy, a list or a removal, as the fork server makes it. It becomes the user that was asked for before it touches a path, and then
 //! the kernel decides what may be read and written; and it never leads out of the directory that it was told.
 //!
 //! ```text
@@ -16,8 +16,6 @@ use crate::exec::script::credentials;
 use crate::log;
 use crate::session::take_stdout;
 
-/// Name of the hidden command.
-pub const COMMAND: &str = "copy";
 /// Most bytes of what it is told at its start.
 const SPEC_MAX: u64 = 64 << 10;
 

@@ -22,6 +22,7 @@ pub mod documents;
 pub mod enrol;
 pub mod exec;
 pub mod facts;
+pub mod fork_server;
 mod frames;
 pub mod given;
 pub mod install;

@@ -16,7 +16,7 @@ use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
 use adit_guest_driver::upgrade::begin::{self, How};
 use adit_guest_driver::upgrade::{self, Begun, program};
-use adit_guest_driver::{copy, documents, enrol, journal, session, show};
+use adit_guest_driver::{documents, enrol, fork_server, journal, show};
 use adit_print::PrintError;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -105,12 +105,9 @@ enum Cmd {
         #[arg(long, default_value = DEFAULT_PATH)]
         config: PathBuf,
     },
-    /// Start sessions of commands, for the agent.
+    /// Start sessions of commands, and copies, for the agent.
     #[command(hide = true)]
-    ExecSessions,
-    /// Read, write, list or remove files: the agent starts it.
-    #[command(hide = true)]
-    Copy,
+    ForkServer,
     /// Read a whole journal once.
     #[command(hide = true)]
     JournalCheck {
@@ -165,8 +162,7 @@ fn main() -> ExitCode {
         Cmd::Policy { command } => return policy(&command),
         Cmd::OnTrial { config } => return ExitCode::from(u8::from(!begin::is_on_trial(&config))),
         Cmd::Version => print(&format!("adit-guest {}\n", program::version())),
-        Cmd::ExecSessions => session::fork_server::serve().map_err(Into::into),
-        Cmd::Copy => copy::run().map_err(Into::into),
+        Cmd::ForkServer => fork_server::serve().map_err(Into::into),
         Cmd::JournalCheck { dir } => journal::check(&dir).map_err(Into::into),
     };
     match done {

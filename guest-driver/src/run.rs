@@ -9,6 +9,7 @@ use adit_names::VmId;
 use crate::client::Client;
 use crate::config::{Config, ConfigError};
 use crate::exec::{cgroup, reap};
+use crate::fork_server::ForkServer;
 use crate::live::Live;
 use crate::ring::Link;
 use crate::runner::Runner;
@@ -87,9 +88,10 @@ pub fn run(
     let agent = Agent::new(live.clone(), upgrade.clone());
     let server = Server::new(ports, blobs, Some(agent), identity.clone());
     server.offer(services);
-    let exec = Exec::new("/proc/self/exe".as_ref(), live.clone());
+    let forks = Arc::new(ForkServer::of("/proc/self/exe".as_ref()));
+    let exec = Exec::new(forks.clone(), live.clone());
     server.runs(exec.map_err(system("make the directory of sessions usable"))?);
-    server.copies(Files::new("/proc/self/exe".as_ref()));
+    server.copies(Files::new(forks));
     server.govern(live.policy());
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))

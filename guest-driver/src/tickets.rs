@@ -197,6 +197,26 @@ mod tests {
     }
 
     #[test]
+    fn of_many_who_bring_a_ticket_at_once_one_uses_it_also_beside_another_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, agents) = (ticket(1, 0, 60), [(); 2].map(|()| Tickets::of(dir.path())));
+        let used = std::thread::scope(|scope| {
+            let each = (0..8).map(|n| {
+                scope.spawn({
+                    let (agent, one) = (&agents[n % 2], &one);
+                    move || agent.spend(one).is_ok()
+                })
+            });
+            let each: Vec<_> = each.collect();
+            each.into_iter()
+                .map(|t| t.join().unwrap())
+                .filter(|used| *used)
+                .count()
+        });
+        assert_eq!(used, 1);
+    }
+
+    #[test]
     fn what_is_damaged_forbids_all_and_says_so() {
         let dir = tempfile::tempdir().unwrap();
         let tickets = Tickets::of(dir.path());

@@ -480,6 +480,7 @@ impl Config {
             host: Vec::new(),
             peers: Peers::default(),
             discover: Vec::new(),
+            trust: Trust::default(),
             ..self.clone()
         };
         for listen in &mut settings.listen {
@@ -499,6 +500,7 @@ impl Config {
             host,
             peers,
             discover,
+            trust,
             ..
         } = newer;
         Self {
@@ -508,6 +510,7 @@ impl Config {
             host,
             peers,
             discover,
+            trust,
             ..self
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use adit_tasks::card::{self, CardError, Here, Proved};
-use adit_tasks::dsse::{Envelope, Type};
+use adit_tasks::dsse::{CARD_MAX, Envelope, Type};
 use adit_tasks::key::PublicKey;
 use adit_tasks::{Card, wire};
 
@@ -46,8 +46,13 @@ pub struct Believed {
 impl Believed {
     /// Its labels, while its time is not over.
     pub fn labels(&self) -> Option<&BTreeMap<String, String>> {
-        let is_over = self.until.is_some_and(|until| Instant::now() > until);
+        let is_over = self.until.is_some_and(|until| Instant::now() >= until);
         (!is_over).then(|| self.card.labels.as_map())
+    }
+
+    /// When its time is over.
+    pub fn until(&self) -> Option<Instant> {
+        self.until
     }
 }
 
@@ -69,15 +74,50 @@ pub struct Key {
     pub unproved: Option<String>,
 }
 
-/// Judges what a guest has said, and keeps what the next card is compared with.
+/// Hears what a guest says.
 ///
 /// # Errors
 /// The database fails.
 pub async fn hear(
     state: &State,
     vm: &Arc<VmEntry>,
-    said: wire::Enrolment,
+    mut said: wire::Enrolment,
 ) -> Result<(), DeskError> {
+    let mut last = vm.agent.enrolled_last.lock().await;
+    // One that is longer is no card, and is kept as such.
+    said.card.truncate(CARD_MAX + 1);
+    said.faults.truncate(wire::FAULTS_MAX);
+    for text in said.faults.iter_mut().chain([&mut said.place]) {
+        *text = text.chars().take(SAID_MAX).collect();
+    }
+    let enrolment = judged(state, vm, last.insert(said)).await?;
+    vm.agent.enrolled(enrolment);
+    // Its labels may be others now.
+    state.access_changed.notify_one();
+    Ok(())
+}
+
+/// Judges again what the guest has said last: others are believed now. Where the database fails nobody is.
+pub async fn judge_again(state: &State, vm: &Arc<VmEntry>) {
+    let last = vm.agent.enrolled_last.lock().await;
+    let Some(said) = last.as_ref() else { return };
+    let enrolment = judged(state, vm, said).await.unwrap_or_else(|e| {
+        let why = format!("it could not be judged again: {e}");
+        let is_fault = true;
+        Enrolment {
+            card: Some(Err(Unproved { why, is_fault })),
+            ..Enrolment::default()
+        }
+    });
+    vm.agent.enrolled_again(enrolment);
+}
+
+/// Judges what a guest has said, and keeps what the next card is compared with.
+async fn judged(
+    state: &State,
+    vm: &Arc<VmEntry>,
+    said: &wire::Enrolment,
+) -> Result<Enrolment, DeskError> {
     let cut = |text: &str| adit_names::escape(text).at_most(SAID_MAX).to_string();
     let now_ms = state.now_ms();
     let checked = (!said.card.is_empty()).then(|| {
@@ -85,7 +125,7 @@ pub async fn hear(
             vm_id: Some(&vm.name),
             now_ms,
         };
-        card::check(&said.card, &state.trust, here)
+        card::check(&said.card, &state.trust(), here)
     });
     let generation = match &checked {
         Some(Ok(proved)) => proved.card.generation,
@@ -111,23 +151,15 @@ pub async fn hear(
         Some(Ok(believed)) => believed.card.guest_pk.as_ref(),
         _ => None,
     };
-    vm.agent.enrolled(Enrolment {
+    Ok(Enrolment {
         key: public.map(|public| Key {
             unproved: doubt(&public, pinned, known.guest_pk),
             public,
         }),
         card,
         place: cut(&said.place),
-        faults: said
-            .faults
-            .iter()
-            .take(wire::FAULTS_MAX)
-            .map(|fault| cut(fault))
-            .collect(),
-    });
-    // Its labels may be others now.
-    state.access_changed.notify_one();
-    Ok(())
+        faults: said.faults.iter().map(|fault| cut(fault)).collect(),
+    })
 }
 
 /// Why a guest's key may be anybody's. `first`: the one that was said first.
@@ -147,7 +179,7 @@ fn doubt(key: &PublicKey, pinned: Option<&PublicKey>, first: Option<[u8; 32]>) -
 }
 
 fn unproved(state: &State, envelope: &[u8], e: &CardError) -> Unproved {
-    if state.trust.is_empty() {
+    if state.trust().is_empty() {
         return Unproved {
             why: "aditd.toml has no key in [trust] to check it with".into(),
             is_fault: false,

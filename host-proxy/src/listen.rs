@@ -5,6 +5,8 @@
 //! The kernel gives out the lowest free descriptor, so one whose number is high tells that the process has few left; whoever
 //! may do without gives it back then ([`Room::spares`]).
 
+mod strict;
+
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::os::fd::{AsFd, AsRawFd};
@@ -12,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use adit_api::ErrorBody;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -25,13 +28,16 @@ use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::resource::{Resource, getrlimit};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::metrics::{Listener as Counted, Turned};
 use crate::proxy::linger;
+use crate::proxy::problem::Problem;
 use crate::taken::Taken;
+use strict::{Refused, Strict};
 
 /// How long a client may take for a request's header, and again for its body.
 pub const HEADER_LIMIT: Duration = Duration::from_secs(10);
@@ -405,7 +411,7 @@ pub async fn serve<L, A>(
     clients.wait().await;
 }
 
-/// Serves one connection: a request, whose body has at most `body_max` bytes.
+/// Serves one connection: a request, which is checked as one to the proxy is, and whose body has at most `body_max` bytes.
 pub async fn connection<I>(
     client: I,
     place: Place,
@@ -418,12 +424,15 @@ pub async fn connection<I>(
 {
     let mut client = tokio_io_timeout::TimeoutWriter::new(client);
     client.set_timeout(Some(READ_LIMIT));
-    let client = Box::pin(client);
-    let unread = AtomicBool::new(false);
+    let refused = Refused::default();
+    let client = Strict::new(Box::pin(client), refused.clone());
+    let (unread, heard) = (AtomicBool::new(false), AtomicBool::new(false));
     let taken = Mutex::new(None::<Taken>);
     let is_taken = &taken;
     let (place, app, is_unread, admits) = (&place, &app, &unread, &admits);
+    let (is_refused, is_heard) = (&refused, &heard);
     let service = service_fn(|request: Request<Incoming>| async move {
+        is_heard.store(true, Ordering::Relaxed);
         let (mut parts, body) = request.into_parts();
         if let Err(refused) = admits.admit(&mut parts).await {
             is_unread.store(!body.is_end_stream(), Ordering::Relaxed);
@@ -434,6 +443,9 @@ pub async fn connection<I>(
         is_unread.store(!matches!(whole, Ok(Ok(_))), Ordering::Relaxed);
         let body = match whole {
             Ok(Ok(body)) => body.to_bytes(),
+            Ok(Err(_)) if let Some(why) = is_refused.why() => {
+                return Ok(refusal(why.status, format!("{}\n", why.detail)));
+            }
             Ok(Err(_)) => {
                 let why = format!("a request has at most {body_max} bytes, and all of them\n");
                 return Ok(refusal(StatusCode::PAYLOAD_TOO_LARGE, why));
@@ -474,7 +486,7 @@ pub async fn connection<I>(
     } else if let Some(taken) = taken {
         let parts = served.into_parts();
         // What was read of it, and a duplicate of it: from here on whoever takes it has the only one.
-        let client = parts.io.into_inner();
+        let (client, behind) = parts.io.into_inner().into_parts();
         let own = client
             .as_ref()
             .get_ref()
@@ -483,13 +495,23 @@ pub async fn connection<I>(
             .try_clone_to_owned();
         drop(client);
         match own {
-            Ok(own) => taken.take(own, parts.read_buf).await,
+            Ok(own) => {
+                let ahead = [&parts.read_buf[..], &behind].concat();
+                taken.take(own, ahead.into()).await;
+            }
             Err(e) => tracing::debug!(error = %e, "no descriptor for a client that is given away"),
         }
-    } else if unread.load(Ordering::Relaxed) {
-        let mut client = served.into_parts().io.into_inner();
+    } else if unread.load(Ordering::Relaxed) || refused.why().is_some() {
+        let mut client = served.into_parts().io.into_inner().into_parts().0;
+        let why = refused.why().filter(|_| !heard.load(Ordering::Relaxed));
+        let said = async {
+            if let Some(why) = why {
+                client.write_all(refused_head(why).as_bytes()).await?;
+            }
+            linger::end(&mut client, None, true).await
+        };
         tokio::select! {
-            _ = linger::end(&mut client, None, true) => {}
+            _ = said => {}
             () = place.evicted.cancelled() => {}
             () = stop.cancelled() => {}
         }
@@ -498,6 +520,22 @@ pub async fn connection<I>(
 
 fn refusal(status: StatusCode, why: String) -> Response {
     (status, why).into_response()
+}
+
+/// The answer to a request that hyper has not seen, in the API's shape.
+fn refused_head(why: &Problem) -> String {
+    let body = ErrorBody {
+        code: "usage".into(),
+        message: adit_names::escape(&why.detail).to_string(),
+        help: "the program that asks is at fault: a request is written as RFC 9112 has it".into(),
+    };
+    // It has nothing that JSON has no text for.
+    let body = serde_json::to_string(&body).unwrap_or_default();
+    format!(
+        "HTTP/1.1 {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        why.status,
+        body.len()
+    )
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! SIGHUP: the configuration is read again, and applied as far as that is possible in a running process. Who reads the file is
 //! the monitor, for the worker cannot; who applies it, the worker.
 //!
-//! A file with a mistake changes nothing. Of a good one the VMs are applied: added, removed, changed; and grants, tokens and
-//! certificates, and other hosts. Everything else takes
-//! a restart, as does a VM's CID; the log names what was left. `GET /v1/config` and the service's status say what became of it.
+//! A file with a mistake changes nothing. Of a good one the VMs are applied: added, removed, changed; and grants, tokens,
+//! certificates, whose cards are believed, and other hosts. Everything else takes a restart, as does a VM's CID; the log names what was left. `GET /v1/config` and the service's status say what became of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -16,6 +15,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::access::tokens::Tokens;
 use crate::config::{Config, ConfigError, Sources, VMS_MAX, VmConfig};
+use crate::enrolment;
 use crate::state::State;
 use crate::vm::{Origin, VmEntry};
 use crate::vms;
@@ -133,6 +133,11 @@ async fn apply(state: &Arc<State>, mut new: Config) -> Result<Vec<String>, Strin
         state.events.note(HostEventKind::GrantsChanged, None, "");
     }
     state.callers.renew(tokens);
+    if state.set_trust(&new.trust) {
+        for vm in state.registry.all() {
+            enrolment::judge_again(state, &vm).await;
+        }
+    }
     state.tls.renew(&state.config, &new);
     state.reserve(&new);
     state.peers.renew(&new);

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use adit_channel::refusal::{Code, Refusal};
 use adit_names::VmId;
@@ -21,7 +21,7 @@ use crate::access::limits::{limits, most_bytes_first};
 use crate::access::rate::Buckets;
 use crate::access::{Access, Caller, Denial, Grant, Grants, Verb};
 use crate::blobs::Blobs;
-use crate::config::{Config, Role, Speak};
+use crate::config::{Config, Role, Speak, Trust};
 use crate::desk::Desk;
 use crate::desk::store::db::Db;
 use crate::events::Events;
@@ -38,6 +38,9 @@ use crate::reload::Reloads;
 use crate::visit::Visits;
 use crate::vm::VmEntry;
 
+/// How long an agent may take to come back to an `aditd` that is started anew: it tries every five seconds at least.
+const AGENTS_WAIT: Duration = Duration::from_secs(15);
+
 /// Shared by all tasks of the process.
 pub struct State {
     /// As read at start; of its VMs, [`registry`](Self::registry) has those that are served now.
@@ -48,8 +51,8 @@ pub struct State {
     pub bound: OnceLock<Vec<Option<SocketAddr>>>,
     /// What became of the configuration file since then.
     pub reloads: Reloads,
-    /// Whose cards are believed.
-    pub trust: TrustStore,
+    /// Whose cards are believed now.
+    trust: RwLock<(Trust, Arc<TrustStore>)>,
     /// What callers may do.
     grants: RwLock<Arc<Grants>>,
     /// That may have changed, or a VM's labels.
@@ -82,7 +85,7 @@ pub struct State {
     pub metrics: Arc<Metrics>,
     /// How many connections there were in this second.
     rates: Mutex<Buckets>,
-    /// Since when time is counted there.
+    /// Since when this process runs, and time is counted there.
     began: Instant,
     /// How many connections there may be.
     pub room: Room,
@@ -139,7 +142,7 @@ impl State {
                 now_ms,
             ),
             registry,
-            trust: config.trust.anchors(),
+            trust: RwLock::new((config.trust.clone(), Arc::new(config.trust.anchors()))),
             grants: RwLock::new(Arc::new(config.grants())),
             access_changed: Notify::new(),
             peers: Peers::new(&config),
@@ -184,6 +187,27 @@ impl State {
             let _ = self.host.set(name.clone());
             self.reserve(&self.config);
         }
+    }
+
+    /// Whose cards are believed now.
+    pub fn trust(&self) -> Arc<TrustStore> {
+        let trust = self.trust.read().unwrap_or_else(PoisonError::into_inner);
+        trust.1.clone()
+    }
+
+    /// Replaces that. Returns whether it is something else.
+    pub fn set_trust(&self, new: &Trust) -> bool {
+        let mut trust = self.trust.write().unwrap_or_else(PoisonError::into_inner);
+        let changes = trust.0 != *new;
+        if changes {
+            *trust = (new.clone(), Arc::new(new.anchors()));
+        }
+        changes
+    }
+
+    /// Whether this process has not run for so long that agents which an earlier one knew would have come back.
+    pub fn waits_for_agents(&self) -> bool {
+        self.began.elapsed() < AGENTS_WAIT
     }
 
     /// What callers may do now.

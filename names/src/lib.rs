@@ -26,3 +26,36 @@ pub use vm_id::VmId;
 
 #[doc(hidden)]
 pub use serde as __serde;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever is made of a name (a path, an argument, a line of a log, a shell's word), it has nothing to expand (R73).
+    #[test]
+    fn r73_of_all_characters_only_the_listed_ones_are_in_a_name() {
+        let vm = "abcdefghijklmnopqrstuvwxyz0123456789-";
+        let service = vm.to_owned() + ":._";
+        let others = [
+            '\u{a0}', '\u{131}', '\u{212a}', '\u{200b}', '\u{202e}', '\u{ff41}', '\u{ff0e}',
+        ];
+        for c in (0..=0xff).map(char::from).chain(others) {
+            for text in [
+                format!("a{c}b"),
+                format!("{c}ab"),
+                format!("ab{c}"),
+                c.to_string(),
+            ] {
+                let is_inner = text.starts_with('a') && text.ends_with('b');
+                let may = vm.contains(c) && (c != '-' || is_inner);
+                assert_eq!(text.parse::<VmId>().is_ok(), may, "{text:?}");
+                assert_eq!(
+                    text.parse::<ServiceName>().is_ok(),
+                    service.contains(c),
+                    "{text:?}"
+                );
+                assert_eq!(ServiceName::named(&text).is_some(), may, "{text:?}");
+            }
+        }
+    }
+}

@@ -10,6 +10,7 @@ use std::time::Duration;
 use adit_channel::ring::RingBells;
 use adit_guest_driver::config::Config;
 use adit_guest_driver::enrol;
+use adit_guest_driver::fork_server::ForkServer;
 use adit_guest_driver::live::Live;
 use adit_guest_driver::policy::{Standing, parse};
 use adit_guest_driver::serve::exec::Exec;
@@ -42,7 +43,7 @@ pub fn start_with(vm: &Path, ports: &[u16], services: &str) -> anyhow::Result<()
     begin(vm, ports, services, |_| Ok(()))
 }
 
-/// The same for commands, too: sessions are processes of `program`, found in `run_dir`, and this policy decides. Below
+/// The same for commands, too: sessions and copies are processes of `program`, found in `run_dir`, and this policy decides. Below
 /// `run_dir` are also its state (`state`) and the keys that it trusts (`trust`).
 ///
 /// # Errors
@@ -71,8 +72,10 @@ pub fn start_running(
         std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
         let config = Config::load(&file)?;
         let enrolment = enrol::at_start(&config);
-        server.runs(Exec::new(program, Arc::new(Live::new(config, enrolment)))?);
-        server.copies(Files::new(program));
+        let forks = Arc::new(ForkServer::of(program));
+        let live = Arc::new(Live::new(config, enrolment));
+        server.runs(Exec::new(forks.clone(), live)?);
+        server.copies(Files::new(forks));
         server.govern(Arc::new(Standing::of("policy.toml".as_ref(), text)));
         Ok(())
     })

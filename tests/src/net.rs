@@ -18,6 +18,7 @@ const BRIDGE: &str = "wire";
 pub struct Network {
     /// Where the bridge is, so that this machine's own network has nothing of it.
     middle: Space,
+    number: u8,
     machines: u8,
 }
 
@@ -85,11 +86,20 @@ impl Network {
     /// # Errors
     /// As [`missing`](Self::missing) says.
     pub fn new() -> anyhow::Result<Self> {
+        Self::numbered(0)
+    }
+
+    /// One of several, whose machines may have addresses in more than one.
+    ///
+    /// # Errors
+    /// As [`missing`](Self::missing) says.
+    pub fn numbered(number: u8) -> anyhow::Result<Self> {
         let middle = Space::new()?;
         middle.ip(&format!("link add name {BRIDGE} type bridge"))?;
         middle.ip(&format!("link set {BRIDGE} up"))?;
         Ok(Self {
             middle,
+            number,
             machines: 0,
         })
     }
@@ -99,19 +109,33 @@ impl Network {
     /// # Errors
     /// It cannot be made.
     pub fn machine(&mut self) -> anyhow::Result<Machine> {
+        let space = Space::new()?;
+        space.ip("link set lo up")?;
+        let address = self.plug(&space, "eth0")?;
+        Ok(Machine { space, address })
+    }
+
+    /// Joins a machine of another network, by a device of this name. Returns where those of this one reach it.
+    ///
+    /// # Errors
+    /// It cannot be.
+    pub fn join(&mut self, machine: &Machine, device: &str) -> anyhow::Result<Ipv4Addr> {
+        self.plug(&machine.space, device)
+    }
+
+    fn plug(&mut self, space: &Space, device: &str) -> anyhow::Result<Ipv4Addr> {
         self.machines += 1;
-        let (n, space) = (self.machines, Space::new()?);
-        let address = Ipv4Addr::new(10, 77, 0, n);
+        let n = self.machines;
+        let address = Ipv4Addr::new(10, 77, self.number, n);
         let pid = space.0.pid();
         let middle = &self.middle;
         middle.ip(&format!(
-            "link add name to-{n} type veth peer name eth0 netns {pid}"
+            "link add name to-{n} type veth peer name {device} netns {pid}"
         ))?;
         middle.ip(&format!("link set to-{n} master {BRIDGE} up"))?;
-        space.ip("link set lo up")?;
-        space.ip(&format!("addr add {address}/24 dev eth0"))?;
-        space.ip("link set eth0 up")?;
-        Ok(Machine { space, address })
+        space.ip(&format!("addr add {address}/24 dev {device}"))?;
+        space.ip(&format!("link set {device} up"))?;
+        Ok(address)
     }
 }
 
@@ -127,6 +151,14 @@ impl Machine {
         let mut command = bound(enter);
         command.args(args).arg(program);
         command
+    }
+
+    /// Sends what is for these addresses by way of another machine.
+    ///
+    /// # Errors
+    /// There is no way to that one.
+    pub fn route(&self, to: &str, by: Ipv4Addr) -> anyhow::Result<()> {
+        self.space.ip(&format!("route add {to} via {by}"))
     }
 
     /// Unplugs it: what is sent to it goes nowhere, and nobody hears why.

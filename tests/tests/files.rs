@@ -59,12 +59,12 @@ fn digest(at: &Path) -> Vec<u8> {
 /// The guest's process of a copy that has a file open below this.
 fn of_guest(dir: &Path) -> Pid {
     let is = |process: &Path| {
-        let line = fs::read(process.join("cmdline")).unwrap_or_default();
+        let name = fs::read(process.join("comm")).unwrap_or_default();
         let mut files = fs::read_dir(process.join("fd"))
             .into_iter()
             .flatten()
             .flatten();
-        line.ends_with(b"\0copy\0")
+        name == b"adit-copy\n"
             && files.any(|fd| fs::read_link(fd.path()).is_ok_and(|file| file.starts_with(dir)))
     };
     let mut all = fs::read_dir("/proc")
@@ -343,8 +343,8 @@ fn r121_whoever_reads_no_more_is_waited_for_and_one_who_goes_leaves_nothing() {
         || {
             let mut left = 0;
             for process in fs::read_dir("/proc").unwrap().flatten() {
-                let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
-                left += usize::from(line.ends_with(b"adit-guest\0copy\0"));
+                let name = fs::read(process.path().join("comm")).unwrap_or_default();
+                left += usize::from(name == b"adit-copy\n");
             }
             Ok((left == 0).then_some(()))
         },

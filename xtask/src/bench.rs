@@ -4,6 +4,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use adit_tests::debian::Init;
+use adit_tests::image::Kernel;
 use adit_tests::process::output;
 
 use crate::{bench_vmm, progress, setup};
@@ -131,6 +133,9 @@ fn exec(own: &[&str], only: Option<&str>) -> anyhow::Result<bool> {
     setup::guest_binaries()?;
     let binaries = setup::host_binaries(true)?.display().to_string();
     let program = adit_tests::guest_bin("adit-guest").display().to_string();
+    // The agent comes into the real guest by its package.
+    crate::package::all_for_tests()?;
+    setup::debian(Kernel::V6_1, Init::Systemd)?;
     let only: Vec<&str> = only.into_iter().flat_map(|only| ["--only", only]).collect();
     let args = ["--binaries", &binaries, "--program", &program];
     bench("exec", &[own, &args, &only].concat())?;

@@ -132,6 +132,7 @@ const CHECKS: [Step; 12] = [
                 "ways",
                 "ways_hosts",
                 "grants",
+                "crowd",
                 "exec",
                 "files",
                 "hybrid",

@@ -49,6 +49,17 @@ impl Contender {
     }
 }
 
+impl Contender {
+    /// A connection that has asked for a tunnel, and waits for no answer.
+    pub fn dial(&self) -> anyhow::Result<Client> {
+        use std::io::Write;
+        let mut client = Client::connect(self.plain, None)?;
+        let to = self.tunnel.as_deref().context("it takes no CONNECT")?;
+        write!(client, "CONNECT {to} HTTP/1.1\r\nHost: {to}\r\n\r\n")?;
+        Ok(client)
+    }
+}
+
 /// The server itself.
 pub fn nobody(target: &Target) -> Contender {
     let to = SocketAddr::from(([127, 0, 0, 1], target.port));

@@ -19,6 +19,8 @@ use crate::host::{Host, Target};
 
 /// An agent serves 512 streams.
 const OF_EACH: usize = 500;
+/// Dials of the VM that has stalled, which are under way until it is over, besides its tunnels.
+const DIALS: usize = 500;
 const IDLE_VMS: usize = 20;
 const QUIET: Duration = Duration::from_secs(2);
 const SETTLED: Duration = Duration::from_secs(3);
@@ -117,19 +119,22 @@ fn beside(options: &Options, target: &Target) -> anyhow::Result<Vec<Figure>> {
     for _ in 0..options.rounds {
         let [trip, open] = p99(&well)?;
         // Tunnels full of bytes that nobody takes, of a VM whose agent stands still.
-        let mut kept = Vec::new();
+        let (mut kept, mut dials) = (Vec::new(), Vec::new());
         for n in 0..OF_EACH {
             kept.push(stalled.open(false, &[if n % 2 == 0 { SOURCE } else { ECHO }])?);
         }
         let agent = Pid::from_raw(host.agent(1).cast_signed());
         kill(agent, Signal::SIGSTOP)?;
+        for _ in 0..DIALS {
+            dials.push(stalled.dial()?);
+        }
         let greedy: Vec<TcpStream> = (0..SOCKETS)
             .map_while(|_| TcpStream::connect(host.plain).ok())
             .collect();
         let disturbed = p99(&well);
         kill(agent, Signal::SIGCONT)?;
         let disturbed = disturbed?;
-        drop((kept, greedy));
+        drop((kept, dials, greedy));
         std::thread::sleep(Duration::from_millis(300));
         for (figure, value) in figures
             .iter_mut()
@@ -143,7 +148,8 @@ fn beside(options: &Options, target: &Target) -> anyhow::Result<Vec<Figure>> {
     let [trip, trip_beside, open, open_beside] = &figures;
     let figure = |what: &str, alone: &[f64], beside: &[f64]| {
         let title = format!(
-            "beside a stalled VM with {OF_EACH} tunnels and a client with {SOCKETS} sockets: {what}, p99"
+            "beside a stalled VM with {} tunnels, half of them still dialled, and a client with {SOCKETS} sockets: {what}, p99",
+            OF_EACH + DIALS
         );
         let figure = Figure::alone(title, "us", Better::Lower, beside);
         figure.beside("alone", alone, 1.5, 1.1)

@@ -340,6 +340,89 @@ fn r70_a_rogue_server_hears_nothing_and_the_refusal_says_why() {
     assert!(out.status.success(), "{}", text(&out.stderr));
 }
 
+/// What somebody gets who gives the right host and the wrong port of it, or the right port and the wrong certificate: what to do.
+#[test]
+fn an_authority_that_shows_itself_and_a_proxys_port_are_told_what_they_are() {
+    let ca = Ca::new();
+    let dir = files(&ca);
+    let fails = |server: &Server, trust: &[&str], code: &str, why: &str, help: &str| {
+        let url = server.url("localhost");
+        let args = [&["--server", &url, "-o", "json", "vm", "ls"], trust].concat();
+        let said = failure(&adit(dir.path(), &args, &[("ADIT_TOKEN", "adit_secret")]));
+        let has = |key: &str, part: &str| said[key].as_str().unwrap().contains(part);
+        assert_eq!(said["code"], code, "{said}");
+        assert!(has("message", why) && has("help", help), "{said}");
+    };
+    // Its own certificate vouches for others, which one that is made in a hurry does.
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
+    params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let digest = sha256(&rcgen::PublicKeyData::subject_public_key_info(&key));
+    let own = Pair {
+        cert: params.self_signed(&key).unwrap().pem(),
+        key: key.serialize_pem(),
+        pin: format!("sha256/{}", STANDARD.encode(digest)),
+    };
+    fs::write(dir.path().join("own.crt"), &own.cert).unwrap();
+    let server = Server::tls(&own, None, one_vm);
+    let by_own: &[&str] = &["--ca", "own.crt"];
+    fails(&server, by_own, "untrusted-server", "CA:TRUE", "--pin");
+    fails(
+        &server,
+        by_own,
+        "untrusted-server",
+        &own.pin,
+        "without --ca",
+    );
+    assert_eq!(server.asked(), Vec::<String>::new());
+    // And what the help says is right.
+    let url = server.url("localhost");
+    let args = ["--server", &url, "--pin", &own.pin, "vm", "ls"];
+    let out = adit(dir.path(), &args, &[]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    // A listener of the proxy: what it says of a request for a path is no answer of the API.
+    let good = ca.signs("localhost", |_| {});
+    let by_ca: &[&str] = &["--ca", "ca.crt"];
+    let proxy = Server::tls(&good, None, |_| {
+        let status = "adit; error=destination_not_found; details=\"x\"".to_owned();
+        Say::Refused(
+            404,
+            "proxy-status",
+            status,
+            b"no VM is named `localhost`\nx\n".into(),
+        )
+    });
+    fails(
+        &proxy,
+        by_ca,
+        "not-the-api",
+        "a proxy of aditd",
+        "role = \"management\"",
+    );
+    // One that passes TLS on to VMs knows nobody of this name.
+    let passes_on = Server::new(|mut tcp, _| {
+        let _ = tcp.read(&mut [0; 4096]);
+        let _ = tcp.write_all(&[21, 3, 3, 0, 2, 2, 112]);
+        let _ = tcp.read(&mut [0; 4096]);
+    });
+    fails(
+        &passes_on,
+        by_ca,
+        "untrusted-server",
+        "nothing of that name",
+        "role = \"management\"",
+    );
+    // One that speaks something else within TLS, and hangs up.
+    let socks = Server::tls(&good, None, |_| Say::HangUp);
+    fails(
+        &socks,
+        by_ca,
+        "cut-off",
+        "did not answer",
+        "role = \"management\"",
+    );
+}
+
 #[test]
 fn r70_there_is_no_way_without_tls_and_none_to_whoever_says_nothing() {
     let ca = Ca::new();

@@ -24,6 +24,8 @@ pub enum Say {
     Error(u16, &'static str),
     /// A header field and bytes.
     With(&'static str, String, Vec<u8>),
+    /// A refusal that is none of the API's, with a header field.
+    Refused(u16, &'static str, String, Vec<u8>),
     /// A stream of lines that ends.
     Lines(Vec<Value>),
     /// A stream of lines that is cut off.
@@ -159,6 +161,9 @@ fn write(out: &mut impl Write, answer: Say) -> std::io::Result<()> {
             whole(status, "", body.to_string().as_bytes())
         }
         Say::With(field, value, body) => whole(200, &format!("{field}: {value}\r\n"), &body),
+        Say::Refused(status, field, value, body) => {
+            whole(status, &format!("{field}: {value}\r\n"), &body)
+        }
         Say::Lines(lines) => [chunks(&lines), b"0\r\n\r\n".into()].concat(),
         Say::Cut(lines) => chunks(&lines),
     };

@@ -11,8 +11,8 @@ use crate::text;
 const KEY: &str = "00112233445566778899aabbccddeeff";
 
 /// They need an agent to hand over, a proxy, or a server: `agents.rs`, `connecting.rs`, `forwarding.rs` and `tests/tests/ways_hosts.rs` have
-/// their tests, and so have `tests/tests/exec.rs` and `tests/tests/files.rs`. What `adit connect` and `adit exec` print is the guest's.
-const ELSEWHERE: [&str; 12] = [
+/// their tests, and so have `tests/tests/exec.rs`, `tests/tests/tickets.rs` and `tests/tests/files.rs`. What `adit connect` and `adit exec` print is the guest's.
+const ELSEWHERE: [&str; 14] = [
     "agent-upgrade",
     "attach",
     "connect",
@@ -24,7 +24,9 @@ const ELSEWHERE: [&str; 12] = [
     "proxy",
     "ps",
     "rm",
+    "shell",
     "stat",
+    "ticket-run",
 ];
 
 /// Each command, and how it is called. Files that one makes, others read.
@@ -50,6 +52,23 @@ const CALLS: &[(&str, &[&str])] = &[
         &["card", "new", "web-1", "--sign", "k", "--word"],
     ),
     ("card-show", &["card", "show", "card"]),
+    ("key-new", &["key", "new", "x", "--role", "exec"]),
+    // What is behind the dashes is the guest's.
+    (
+        "ticket-new",
+        &[
+            "-o",
+            "json",
+            "ticket",
+            "new",
+            "web-1",
+            "--sign",
+            "x",
+            "--",
+            "/bin/true",
+        ],
+    ),
+    ("ticket-show", &["ticket", "show", "ticket"]),
     (
         "trust-change",
         &["trust", "change", "t.trust", "--sign", "k"],
@@ -194,8 +213,11 @@ fn every_command_prints_json_and_nothing_else_if_asked() {
             let value: Result<Value, _> = serde_json::from_str(line);
             assert!(value.is_ok(), "{args:?}: {line}");
         }
-        if *name == "card-new" && said.starts_with('{') {
-            std::fs::write(fake.dir().join("card"), &out.stdout).unwrap();
+        if let Some(file) = name.strip_suffix("-new")
+            && matches!(file, "card" | "ticket")
+            && said.starts_with('{')
+        {
+            std::fs::write(fake.dir().join(file), &out.stdout).unwrap();
         }
     }
 }

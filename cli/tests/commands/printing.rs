@@ -116,8 +116,17 @@ fn json_is_json_for_version_and_output() {
 /// What a terminal would act on: ESC, and U+009B, which JSON need not escape.
 const HOSTILE: &str = "x\u{9b}31m\u{1b}]0;owned\u{7}\u{7f}\u{202e}y";
 
+/// A goal in a list.
+fn summary() -> Value {
+    json!({
+        "goal_id": HOSTILE, "digest": HOSTILE, "signer": HOSTILE, "key_seq": 1, "accepted_at": HOSTILE,
+        "not_before": HOSTILE, "not_after": HOSTILE, "vms": 1, "steps": 1, "open": 1, "done": 0,
+        "failed": 0, "hosts": [HOSTILE],
+    })
+}
+
 #[test]
-fn r72_nothing_that_is_printed_drives_a_terminal_and_json_says_the_same() {
+fn r123_nothing_that_is_printed_drives_a_terminal_and_json_says_the_same() {
     let fake = Fake::start(|asked| {
         let hostile = |mut value: Value, keys: &[&str]| {
             for key in keys {
@@ -162,6 +171,39 @@ fn r72_nothing_that_is_printed_drives_a_terminal_and_json_says_the_same() {
                 let goal = crate::fake::goal(&[task]);
                 Say::Json(hostile(goal, &["goal_id", "digest"]))
             }
+            // What other hosts say of their VMs and goals.
+            "/v1/resolve/here" => Say::Json(json!({
+                "vm": HOSTILE, "host": HOSTILE, "here": true, "claims": [],
+            })),
+            "/v1/resolve/unnamed" => {
+                Say::Json(json!({"vm": HOSTILE, "host": null, "here": true, "claims": []}))
+            }
+            "/v1/resolve/twin" => Say::Json(json!({
+                "vm": HOSTILE, "host": null, "here": false,
+                "claims": [{"name": HOSTILE, "host": HOSTILE, "live": true}],
+            })),
+            "/v1/resolve" => Say::Json(json!({
+                "vms": [{"name": HOSTILE, "host": HOSTILE, "live": true, "by_map_of": HOSTILE}],
+                "silent": [{"host": HOSTILE, "why": HOSTILE}, {"host": HOSTILE, "why": HOSTILE}],
+            })),
+            path if path.starts_with("/v1/goals?") => Say::Json(json!([summary()])),
+            path if path.starts_with("/v1/all-hosts/goals") => Say::Json(json!({
+                "goals": [summary()], "earlier": true, "silent": [{"host": HOSTILE, "why": HOSTILE}],
+            })),
+            path if path.starts_with("/v1/all-hosts/tasks") => Say::Json(json!({
+                "tasks": [task], "earlier": true, "silent": [{"host": HOSTILE, "why": HOSTILE}],
+            })),
+            path if path.starts_with("/v1/access?") => Say::Json(json!({
+                "allowed": path.contains("verb=see"), "caller": [HOSTILE], "by": HOSTILE,
+                "reason": HOSTILE, "text": HOSTILE, "hidden": false,
+            })),
+            path if path.starts_with("/v1/grants") => Say::Json(json!([{
+                "place": HOSTILE, "to": [HOSTILE], "vms": [HOSTILE], "may": [HOSTILE],
+                "until": HOSTILE, "expired": true,
+            }])),
+            "/v1/trust" => Say::Json(json!([{
+                "signer": HOSTILE, "own": true, "sequence": 1, "vms": [HOSTILE], "given_at": HOSTILE,
+            }])),
             "/v1/config" => Say::Json(json!({"reads": 1, "error": null, "restart": [HOSTILE]})),
             _ => Say::Error(500, "x\u{9b}31m"),
         }
@@ -178,6 +220,17 @@ fn r72_nothing_that_is_printed_drives_a_terminal_and_json_says_the_same() {
         &["task", "watch", "--goal", goal],
         &["goal", "show", goal],
         &["config"],
+        &["resolve", "here"],
+        &["resolve", "unnamed"],
+        &["resolve", "twin"],
+        &["vm", "ls", "--all-hosts"],
+        &["goal", "ls"],
+        &["goal", "ls", "--all-hosts"],
+        &["task", "ls", "--all-hosts"],
+        &["access", "check", "--as", "anyone", "see", "web-1"],
+        &["access", "check", "--as", "anyone", "goal", "web-1"],
+        &["access", "ls"],
+        &["trust", "ls"],
     ] {
         for format in ["table", "json"] {
             let out = fake.adit(&[args, &["-o", format]].concat());
@@ -186,6 +239,12 @@ fn r72_nothing_that_is_printed_drives_a_terminal_and_json_says_the_same() {
                 let bad = |c: char| c != '\n' && c.is_control() || c == '\u{202e}';
                 assert!(!said.contains(bad), "{args:?} {format}: {said:?}");
             }
+            // It is what was said that is escaped, and not something else that is printed.
+            let all = [&out.stdout[..], &out.stderr].concat();
+            let all = String::from_utf8(all).unwrap();
+            let is_list = matches!(args, ["resolve" | "access", ..] | [_, "ls", ..]);
+            let shows = all.contains("\\u{9b}31m") || all.contains("\\u009b31m");
+            assert!(shows || !is_list, "{args:?} {format}: {all}");
             if format == "json" && args == ["task", "ls"] {
                 let list: Value = serde_json::from_slice(&out.stdout).unwrap();
                 assert_eq!(list[0]["reason"], HOSTILE);

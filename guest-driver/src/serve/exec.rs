@@ -21,7 +21,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use adit_channel::hello::Open as Hello;
@@ -35,11 +35,11 @@ use nix::unistd::User;
 use super::hand;
 use super::services::{Run, Service};
 use crate::exec::{cgroup, script, sessions};
+use crate::fork_server::{Becomes, ForkServer};
 use crate::live::Live;
 use crate::log;
 use crate::policy::Standing;
 use crate::session::ask::{self, Answer, Attaching, Ending};
-use crate::session::fork_server::ForkServer;
 use crate::session::place::{Place, SESSIONS_MAX, new_id};
 use crate::session::{Spec, child, refused};
 use crate::tickets::Tickets;
@@ -61,8 +61,7 @@ pub struct Exec {
 /// What a stream's thread needs of it.
 struct Shared {
     /// By which sessions begin.
-    forks: ForkServer,
-    cgroups: Mutex<Option<PathBuf>>,
+    forks: Arc<ForkServer>,
     run_dir: PathBuf,
     state_dir: PathBuf,
     place: Place,
@@ -81,7 +80,7 @@ impl Exec {
     ///
     /// # Errors
     /// Its directory cannot be made.
-    pub fn new(program: &Path, live: Arc<Live>) -> io::Result<Self> {
+    pub fn new(forks: Arc<ForkServer>, live: Arc<Live>) -> io::Result<Self> {
         let config = live.config();
         let (run_dir, state_dir) = (config.run_dir.clone(), config.state_dir.clone());
         let place = Place::of(&run_dir);
@@ -89,8 +88,7 @@ impl Exec {
         // What an agent that was killed has left.
         let _ = fs::remove_dir_all(state_dir.join(INPUTS));
         let shared = Shared {
-            forks: ForkServer::of(program),
-            cgroups: Mutex::default(),
+            forks,
             run_dir,
             place,
             tickets: Tickets::of(&state_dir),
@@ -270,20 +268,11 @@ impl Shared {
             program: at,
             open,
             run_dir: self.run_dir.clone(),
-            cgroups: self.cgroups(),
+            cgroups: self.forks.cgroups(),
             by: None,
             seal: None,
             input: None,
         })
-    }
-
-    /// Where cgroups can be made: to look for it takes longer than to see that it is still there.
-    fn cgroups(&self) -> Option<PathBuf> {
-        let mut known = self.cgroups.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.as_ref().is_none_or(|base| !base.is_dir()) {
-            *known = cgroup::base();
-        }
-        known.clone()
     }
 
     /// Starts a session process, and gives it the stream.
@@ -327,7 +316,7 @@ impl Shared {
 
     fn spawn(&self, stream: BorrowedFd<'_>, spec: &Spec) -> io::Result<()> {
         let told = postcard::to_stdvec(spec).map_err(io::Error::other)?;
-        self.forks.start(stream, &told, spec.cgroups.as_deref())
+        self.forks.start(Becomes::Session, stream, &told).map(drop)
     }
 
     fn attach(

@@ -8,7 +8,7 @@
 //! process does, as that user, beneath the directory that the policy and the host's grant both name.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use adit_channel::hello::Open as Hello;
@@ -18,9 +18,9 @@ use adit_names::ServiceName;
 
 use super::hand;
 use super::services::{Run, Service};
-use crate::copy::{COMMAND, Spec};
-use crate::exec::cgroup;
+use crate::copy::Spec;
 use crate::exec::proc::{self, ProcId};
+use crate::fork_server::{Becomes, ForkServer};
 use crate::log;
 use crate::policy::Standing;
 use crate::transport::HostStream;
@@ -35,17 +35,17 @@ pub struct Files {
 }
 
 struct Shared {
-    /// This program, which is a copy's, too.
-    program: PathBuf,
+    /// By which copies begin.
+    forks: Arc<ForkServer>,
     /// Those that were started.
     started: Mutex<Vec<ProcId>>,
 }
 
 impl Files {
-    /// Files, each of whose streams is a process's of `program`.
-    pub fn new(program: &Path) -> Self {
+    /// Files, each of whose streams is a process's that this starts.
+    pub fn new(forks: Arc<ForkServer>) -> Self {
         let shared = Shared {
-            program: program.to_owned(),
+            forks,
             started: Mutex::default(),
         };
         Self {
@@ -131,17 +131,9 @@ impl Shared {
         ];
         stream.set_timeout(None)?;
         let (theirs, carried) = hand::split(stream)?;
-        let cgroups = cgroup::base();
         let spawned = postcard::to_stdvec(&spec)
             .map_err(io::Error::other)
-            .and_then(|bytes| {
-                hand::spawn(
-                    &self.program,
-                    COMMAND,
-                    &bytes,
-                    (&theirs, cgroups.as_deref()),
-                )
-            });
+            .and_then(|told| self.forks.start(Becomes::Copy, theirs.as_fd(), &told));
         match spawned {
             Ok(pid) => {
                 let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,19 +1,14 @@
 //! What services share that give their stream to a process of its own: `exec` and `files`.
 
-use std::ffi::CString;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use adit_names::escape;
 use nix::unistd::User;
 
-use crate::exec::{cgroup, reap, sessions};
 use crate::transport::HostStream;
-use crate::{protect, sys};
 
 /// How long a client may take to read the last that is said to it.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -37,39 +32,6 @@ pub(super) fn split(stream: Box<dyn HostStream>) -> io::Result<(OwnedFd, Option<
             Ok((theirs.into(), Some(Carried(stream, ours.into()))))
         }
     }
-}
-
-/// Starts this program's hidden command in a cgroup of sessions. It gets the stream as standard output, and what it is to do as standard
-/// input. Returns its process's number.
-pub(super) fn spawn(
-    program: &Path,
-    hidden: &str,
-    spec: &[u8],
-    (stream, cgroups): (&OwnedFd, Option<&Path>),
-) -> io::Result<i32> {
-    let setup = sys::ChildSetup {
-        cgroup: cgroups.and_then(cgroup::of_sessions),
-        user: None,
-        cwd: CString::new("/").map_err(io::Error::other)?,
-        inherited: protect::inherited(),
-        tty: false,
-        dies_with_parent: false,
-    };
-    let stream = stream.as_fd().try_clone_to_owned()?;
-    let mut command = Command::new(program);
-    command.arg(hidden).stdin(Stdio::piped()).stdout(stream);
-    let (mut child, claim) = reap::spawn(|| {
-        let child = sys::spawn(&mut command, setup)?;
-        sessions::started(child.id().cast_signed());
-        Ok(child)
-    })?;
-    // The stream is in it.
-    drop(command);
-    // A process that does not take it has ended, and says why.
-    let told = child.stdin.take().map(|mut pipe| pipe.write_all(spec));
-    // Whoever reaps orphans waits for it.
-    drop(claim);
-    told.unwrap_or(Ok(())).map(|()| child.id().cast_signed())
 }
 
 /// Says the last thing on a stream, and has it read: some carriers forget what was said when a stream is closed on bytes that nobody has

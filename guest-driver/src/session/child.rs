@@ -11,6 +11,8 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use adit_exec::{Refused, Size, refusal};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
 use nix::sys::signal::kill;
 use nix::unistd::{Pid, Uid, User};
 use rustix::process::{WaitOptions, wait};
@@ -24,6 +26,8 @@ use crate::exec::{script, tree};
 use crate::protect::Inherited;
 use crate::sys;
 
+/// Bytes of a command's output that wait for this process.
+const OUTPUT_PIPE: libc::c_int = 256 << 10;
 /// Shell of a user that has none.
 const SHELL: &str = "/bin/sh";
 
@@ -112,6 +116,8 @@ fn pipes(with_input: bool, user: &User) -> io::Result<Ends> {
     let ([out, to_out], [err, to_err]) = (script::output_pipe(user)?, script::output_pipe(user)?);
     nonblocking(&out)?;
     nonblocking(&err)?;
+    // Whoever writes much waits less often. A kernel or a user with little to spare has the usual size.
+    let _ = fcntl(&out, FcntlArg::F_SETPIPE_SZ(OUTPUT_PIPE));
     let (input, stdin) = match with_input {
         true => {
             let (reader, writer) = io::pipe()?;

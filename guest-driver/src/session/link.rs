@@ -86,6 +86,8 @@ impl Link {
     /// Has bytes wait until they are written.
     fn owe(&mut self, frames: Vec<u8>) -> io::Result<()> {
         match &mut self.sealed {
+            // Most often nothing waits, and then nothing is copied.
+            None if self.out.is_empty() => self.out = frames,
             None => self.out.extend(frames),
             Some(sealed) => sealed
                 .seal(&frames, &mut self.out)
@@ -104,7 +106,11 @@ impl Link {
             if !self.owes() {
                 self.out.clear();
                 self.at = 0;
-                let mut frames = Vec::new();
+                // Its room is used again.
+                let mut frames = match self.sealed {
+                    None => std::mem::take(&mut self.out),
+                    Some(_) => Vec::new(),
+                };
                 while frames.len() < PIECE
                     && let Some(frame) = session.poll_send()
                 {

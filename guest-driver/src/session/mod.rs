@@ -13,7 +13,6 @@
 
 pub mod ask;
 pub(crate) mod child;
-pub mod fork_server;
 mod link;
 pub mod place;
 mod process;

@@ -84,6 +84,64 @@ pub struct NewVsock {
     pub cid: u32,
 }
 
+/// What carries bytes between host and guest.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CarrierKind {
+    /// The guest's own AF_VSOCK.
+    #[default]
+    Vsock,
+    /// A ring in memory that both sides have.
+    Ring,
+}
+
+/// Which carrier new dials of the agent's services take. What is reached as a vsock port takes vsock whatever this says.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carrier {
+    /// Which.
+    pub kind: CarrierKind,
+    /// Why.
+    pub why: String,
+    /// The way to the guest: `vhost-user`, `device` (the VMM's own), `vhost-vsock` (the host's kernel), `hybrid`; a later aditd may have
+    /// others. None: of a VM that takes whichever there is (`auto`), there is none yet.
+    #[serde(default)]
+    pub way: Option<String>,
+    /// Who has chosen that way, and as what. With `auto`: why it is this one, and what of those before it is missing.
+    #[serde(default)]
+    pub way_why: Option<String>,
+    /// What the VMM cannot do with the VM because of it: `migration`, `savevm`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forbids: Vec<String>,
+    /// What that way costs.
+    #[serde(default)]
+    pub costs: Option<String>,
+    /// The VMM's socket, where the VMM has one for each stream; none: it has a device, by vhost-user or in its own process.
+    #[serde(default)]
+    pub hybrid: Option<String>,
+    /// The CID of a VM whose streams the host's kernel carries (vhost_vsock).
+    #[serde(default)]
+    pub kernel_cid: Option<u32>,
+    /// What the ring's memory is and how it came; none: there is no ring.
+    pub memory: Option<String>,
+    /// Bytes of the ring's region.
+    pub bytes: u64,
+    /// What a read of a line of it takes on the host, ns, as measured when it came.
+    pub line_ns: u32,
+    /// How the guest is rung, as its agent says.
+    #[serde(default)]
+    pub doorbell: Option<String>,
+    /// What 64 bytes take to the agent and back on an open stream over the ring, ns, as measured when the session began.
+    #[serde(default)]
+    pub rtt_ns: Option<u64>,
+    /// The same over vsock, measured at the same time.
+    #[serde(default)]
+    pub vsock_rtt_ns: Option<u64>,
+    /// Streams open over the ring now.
+    pub streams: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -33,7 +33,12 @@ pub enum ClientError {
         server: String,
         /// Why.
         why: String,
+        /// What to do about it.
+        help: &'static str,
     },
+    /// What answers is aditd's, and a listener of its proxy: the API is elsewhere.
+    #[error("what answers there is a proxy of aditd, and not its API")]
+    Proxy,
     /// aditd did not answer in time. It may still do what was asked.
     #[error("aditd takes connections, but has not answered for {limit:?}")]
     Late {

@@ -351,6 +351,8 @@ impl Answer {
         let status = self.status;
         Err(match serde_json::from_slice(&self.body) {
             Ok(said) => ClientError::Refused { status, said },
+            // Every refusal of the proxy has it, and no answer of the API.
+            Err(_) if self.head.contains_key("proxy-status") => ClientError::Proxy,
             Err(_) => ClientError::Status(status),
         })
     }

@@ -23,8 +23,8 @@ use rustls::crypto::{
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore,
-    SignatureScheme, version,
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError,
+    RootCertStore, SignatureScheme, version,
 };
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -225,9 +225,10 @@ impl Server {
         })?;
         let connector = TlsConnector::from(self.0.tls.clone());
         let connected = connector.connect(self.0.name.clone(), tcp).await;
-        connected.map_err(|e| ClientError::Untrusted {
-            server: self.to_string(),
-            why: why(&e),
+        connected.map_err(|e| {
+            let (why, help) = why(&e);
+            let server = self.to_string();
+            ClientError::Untrusted { server, why, help }
         })
     }
 }
@@ -304,6 +305,27 @@ struct Believed {
 #[error("its key is not the pinned one: it is {PIN}{}", STANDARD.encode(.0))]
 struct AnotherKey([u8; 32]);
 
+/// It shows the certificate of an authority as its own, as one that somebody has signed themselves in a hurry often is.
+#[derive(Debug, thiserror::Error)]
+#[error("its certificate is an authority's (CA:TRUE), and shows no server; its key is {PIN}{}", STANDARD.encode(.0))]
+struct Authority([u8; 32]);
+
+/// Digest of its key.
+fn digest(own: &CertificateDer<'_>) -> Result<[u8; 32], Error> {
+    let bad = |_| Error::InvalidCertificate(CertificateError::BadEncoding);
+    let certificate = EndEntityCert::try_from(own).map_err(bad)?;
+    Ok(sha256(&certificate.subject_public_key_info()))
+}
+
+fn other(why: impl std::error::Error + Send + Sync + 'static) -> Error {
+    CertificateError::Other(OtherError(Arc::new(why))).into()
+}
+
+/// What rustls says of a certificate.
+fn of_library<T: std::error::Error + 'static>(why: &OtherError) -> Option<&T> {
+    why.0.downcast_ref()
+}
+
 impl ServerCertVerifier for Believed {
     fn verify_server_cert(
         &self,
@@ -314,15 +336,20 @@ impl ServerCertVerifier for Believed {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         if let Some(by_ca) = &self.by_ca {
-            by_ca.verify_server_cert(own, between, name, ocsp, now)?;
+            let verified = by_ca.verify_server_cert(own, between, name, ocsp, now);
+            verified.map_err(|e| match &e {
+                Error::InvalidCertificate(CertificateError::Other(why))
+                    if of_library(why) == Some(&webpki::Error::CaUsedAsEndEntity) =>
+                {
+                    digest(own).map_or(e, |digest| other(Authority(digest)))
+                }
+                _ => e,
+            })?;
         }
         if let Some(pin) = &self.pin {
-            let bad = |_| Error::InvalidCertificate(CertificateError::BadEncoding);
-            let certificate = EndEntityCert::try_from(own).map_err(bad)?;
-            let digest = sha256(&certificate.subject_public_key_info());
+            let digest = digest(own)?;
             if digest != *pin {
-                let why = OtherError(Arc::new(AnotherKey(digest)));
-                return Err(CertificateError::Other(why).into());
+                return Err(other(AnotherKey(digest)));
             }
         }
         match (&self.by_ca, &self.pin) {
@@ -354,8 +381,16 @@ impl ServerCertVerifier for Believed {
     }
 }
 
-/// Why a handshake failed, for people.
-fn why(e: &std::io::Error) -> String {
+/// What to do where nothing more is known.
+const CHECK: &str = "nothing was asked of it: check --server, --ca and --pin; if the key has changed, ask whoever runs it";
+/// Where it has not the kind of port that is meant.
+const NOT_THE_PORT: &str = "nothing was asked of it: --server takes the port of a [[listen]] with `role = \"management\"` in its aditd.toml";
+/// Where it shows an authority.
+const AUTHORITY: &str = "have it show a certificate that this authority signs for its name; or, if that is its key, believe it by the key alone: \
+     --pin, without --ca";
+
+/// Why a handshake failed, and what to do about it, for people.
+fn why(e: &std::io::Error) -> (String, &'static str) {
     use CertificateError as C;
     let tls = e.get_ref().and_then(|e| e.downcast_ref::<Error>());
     let of_certificate = |why: &C| match why {
@@ -371,10 +406,19 @@ fn why(e: &std::io::Error) -> String {
         why => format!("its certificate is refused: {why}"),
     };
     match tls {
-        Some(Error::InvalidCertificate(why)) => of_certificate(why),
-        Some(Error::InvalidMessage(_)) => "it speaks no TLS".into(),
-        Some(why) => why.to_string(),
-        None => format!("the handshake ended: {e}"),
+        Some(Error::InvalidCertificate(why)) => {
+            let is_authority =
+                matches!(why, C::Other(why) if of_library::<Authority>(why).is_some());
+            let help = if is_authority { AUTHORITY } else { CHECK };
+            (of_certificate(why), help)
+        }
+        Some(Error::InvalidMessage(_)) => ("it speaks no TLS".into(), NOT_THE_PORT),
+        // As a listener does that passes TLS on, to the VM that is named.
+        Some(Error::AlertReceived(AlertDescription::UnrecognisedName)) => {
+            ("it serves nothing of that name".into(), NOT_THE_PORT)
+        }
+        Some(why) => (why.to_string(), CHECK),
+        None => (format!("the handshake ended: {e}"), NOT_THE_PORT),
     }
 }
 

@@ -140,6 +140,7 @@ pub struct Grants {
     by_subject: HashMap<Subject, OfSubject>,
     has_rates: bool,
     has_weights: bool,
+    has_labels: bool,
 }
 
 impl Grants {
@@ -156,11 +157,14 @@ impl Grants {
             |grant: &Grant| grant.connections_per_s.is_some() || grant.bytes_per_s.is_some();
         let has_rates = all.iter().any(is_rated);
         let has_weights = all.iter().any(|grant| grant.weight > 1);
+        let mut vms = all.iter().flat_map(|grant| &grant.vms);
+        let has_labels = vms.any(|vms| matches!(vms, Vms::Labelled(..)));
         Self {
             all,
             by_subject,
             has_rates,
             has_weights,
+            has_labels,
         }
     }
 
@@ -297,6 +301,29 @@ impl Grants {
     /// Whether any of them has a rate.
     pub fn has_rates(&self) -> bool {
         self.has_rates
+    }
+
+    /// Whether a caller might do it if the VM had a label that it is not known to have.
+    pub fn by_some_label(
+        &self,
+        caller: &Caller,
+        verb: Verb<'_>,
+        vm: VmView<'_>,
+        now_ms: i64,
+    ) -> bool {
+        let led = caller.is_led();
+        let is_open = |vms: &Vms| match vms {
+            Vms::Labelled(name, _) => !vm.labels.contains_key(name),
+            Vms::Named(..) => false,
+        };
+        self.of_caller(caller, now_ms).any(|grant| {
+            grant.may.iter().any(|may| may.covers(verb, led)) && grant.vms.iter().any(is_open)
+        })
+    }
+
+    /// Whether any of them is about a label.
+    pub fn has_labels(&self) -> bool {
+        self.has_labels
     }
 
     /// All grants that let a caller do it now.

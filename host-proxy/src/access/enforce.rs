@@ -1,13 +1,13 @@
 //! Ends tunnels whose grant is gone.
 //!
 //! A tunnel is with its VM's port process, which knows no grant. So the tag of each is judged again whenever grants, tokens or
-//! labels change, when the time of one is over, and when a port process is found: grants may have changed while there was no
+//! labels change, when the time of one, or of a card, is over, and when a port process is found: grants may have changed while there was no
 //! `aditd`. A change that comes while this is done is judged after it.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use adit_api::HostEventKind;
 use adit_names::VmId;
@@ -33,15 +33,17 @@ struct Turn {
 
 /// Judges until told to stop.
 pub async fn keep(state: Arc<State>) {
-    let mut judged_ms = state.now_ms();
+    let (mut judged_ms, mut judged) = (state.now_ms(), Instant::now());
     let mut known = HashMap::<VmId, (Weak<Link>, Arc<Turn>)>::new();
     loop {
         let changed = tokio::select! {
             () = state.access_changed.notified() => true,
-            () = tokio::time::sleep(until_an_end(&state, judged_ms)) => false,
+            () = tokio::time::sleep(until_an_end(&state, judged_ms, judged)) => false,
         };
-        let now_ms = state.now_ms();
-        if changed || ends(&state).any(|end| judged_ms < end && end <= now_ms) {
+        let (now_ms, now) = (state.now_ms(), Instant::now());
+        let over = ends(&state).any(|end| judged_ms < end && end <= now_ms);
+        let faded = || card_ends(&state).any(|end| judged < end && end <= now);
+        if changed || over || faded() {
             known.retain(|_, (link, _)| link.strong_count() > 0);
             for vm in state.registry.all() {
                 if let Some(link) = vm.channel.link() {
@@ -50,7 +52,7 @@ pub async fn keep(state: Arc<State>) {
                 }
             }
         }
-        judged_ms = now_ms;
+        (judged_ms, judged) = (now_ms, now);
     }
 }
 
@@ -93,12 +95,24 @@ fn ends(state: &State) -> impl Iterator<Item = i64> {
     of_grants.into_iter().chain(of_tokens)
 }
 
+/// When cards end whose labels may count, by a clock that nobody sets.
+fn card_ends(state: &State) -> impl Iterator<Item = Instant> {
+    let vms = match state.grants().has_labels() {
+        true => state.registry.all(),
+        false => Vec::new(),
+    };
+    vms.into_iter().filter_map(|vm| vm.agent.card_until())
+}
+
 /// How long until the first end behind that time.
-fn until_an_end(state: &State, judged_ms: i64) -> Duration {
+fn until_an_end(state: &State, judged_ms: i64, judged: Instant) -> Duration {
     let next = ends(state).filter(|end| *end > judged_ms).min();
     let left = next.map(|end| end.saturating_sub(state.now_ms()));
     let left = left.map(|ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0)));
-    left.unwrap_or(SLEEP_MAX).min(SLEEP_MAX)
+    let card = card_ends(state).filter(|end| *end > judged).min();
+    let of_card = card.map(|end| end.saturating_duration_since(Instant::now()));
+    let next = left.into_iter().chain(of_card).min();
+    next.unwrap_or(SLEEP_MAX).min(SLEEP_MAX)
 }
 
 /// Judges the tunnels of one VM.
@@ -156,13 +170,14 @@ enum Judged {
     /// With so many bytes a second from now on.
     GoesOn(Vec<Limit>),
     Ends,
-    /// Its user's groups may decide, and the user database does not answer: it goes on until that does.
+    /// What decides is not known yet: its user's groups, where the user database does not answer, or the labels of a card, where the
+    /// agent has not come back to this `aditd`. It goes on until that is known.
     Unknown,
 }
 
 async fn judged(state: &State, vm: &VmEntry, tag: &Tag) -> Judged {
     let (tokens, now_ms) = (state.callers.tokens(), state.now_ms());
-    let caller = tag.caller(|name| match name {
+    let mut caller = tag.caller(|name| match name {
         Subject::Token(token) => tokens.has(token, now_ms),
         Subject::User(_) | Subject::Group(_) => {
             let via = tag.via();
@@ -180,7 +195,8 @@ async fn judged(state: &State, vm: &VmEntry, tag: &Tag) -> Judged {
     if let Some(uid) = tag.uid() {
         match state.callers.look_up(uid).await {
             Some(person) => {
-                if let Some(limits) = granted(&caller.with_groups(&person)) {
+                caller = caller.with_groups(&person);
+                if let Some(limits) = granted(&caller) {
                     return Judged::GoesOn(limits);
                 }
             }
@@ -191,6 +207,13 @@ async fn judged(state: &State, vm: &VmEntry, tag: &Tag) -> Judged {
         return Judged::GoesOn(limits);
     }
     let (word, target) = tag.verb().words();
+    let may_have_label = || {
+        let grants = state.grants();
+        vm.viewed(|vm| grants.by_some_label(&caller, tag.verb(), vm, now_ms))
+    };
+    if !vm.agent.was_heard() && state.waits_for_agents() && may_have_label() {
+        return Judged::Unknown;
+    }
     // By the name that it had then.
     let caller = tag.caller(|_| true);
     state.denied(&caller, word, vm.name.as_str(), &target, "grant-gone");

@@ -27,6 +27,7 @@ pub(super) struct Ask {
     /// As which user of the guest.
     user: String,
     /// What is done.
+    #[param(inline)]
     r#do: Do,
     /// Where in the guest: absolute, without `.`, `..`, `//` or a slash at its end; or the same below the user's home, and empty for that.
     #[serde(default)]

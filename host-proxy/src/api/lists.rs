@@ -95,7 +95,7 @@ impl PageQuery {
 }
 
 /// A page, and the cursor of the next one.
-pub(super) fn page<T: Serialize>(list: &[T], next: Option<String>) -> Response {
+pub(super) fn page<T: Serialize + ?Sized>(list: &T, next: Option<String>) -> Response {
     let mut response = Json(list).into_response();
     if let Some(next) = next.and_then(|next| next.parse().ok()) {
         response.headers_mut().insert(adit_api::NEXT, next);

@@ -1,14 +1,18 @@
 //! What the API is asked of names: which host has a VM, and what all hosts have.
 
+use std::collections::HashSet;
+
 use adit_api::{AllVms, HostShown, Resolution, Silent, VmAt};
 use adit_channel::refusal::Code;
 use adit_names::{ServiceName, VmId};
 use adit_port::control::Target;
 use axum::Json;
-use axum::extract::{Path, State as Shared};
+use axum::extract::{Path, Query, State as Shared};
 use axum::http::StatusCode;
+use axum::response::Response;
 use futures_util::future::join_all;
 
+use super::lists::{self, PageQuery};
 use super::{Answer, ApiError, App};
 use crate::access::Caller;
 use crate::peers::asked;
@@ -120,9 +124,10 @@ pub(super) async fn not_ours(state: &App, vm: &VmEntry) -> Option<String> {
 #[utoipa::path(
     get,
     path = "/v1/resolve",
-    responses((status = 200, body = AllVms, description = "Every host was asked"))
+    params(PageQuery),
+    responses((status = 200, body = AllVms, description = "Every host was asked; by name, then by host", headers(("adit-next" = String, description = "Cursor of the next page, if there is one"))))
 )]
-pub(super) async fn all(Shared(state): Shared<App>) -> Json<AllVms> {
+pub(super) async fn all(Shared(state): Shared<App>, Query(page): Query<PageQuery>) -> Response {
     let own = state.registry.all();
     let mut vms: Vec<VmAt> = own.iter().map(|vm| asked::at(&state, vm)).collect();
     let mut silent = Vec::new();
@@ -153,21 +158,28 @@ pub(super) async fn all(Shared(state): Shared<App>) -> Json<AllVms> {
     }
     let rows = state.peers.map().rows().clone();
     let own = state.host().map_or_else(String::new, ToString::to_string);
+    let said = vms.iter().map(|at| (at.name.clone(), at.host.clone()));
+    let said: HashSet<(String, String)> = said.collect();
     for (vm, host) in rows {
-        let is = |at: &VmAt| at.name == vm.as_str() && at.host == host.as_str();
-        if !vms.iter().any(is) {
-            vms.push(VmAt {
-                name: vm.to_string(),
-                host: host.to_string(),
-                live: false,
-                generation: None,
-                locked: false,
-                by_map_of: Some(own.clone()),
-            });
+        let at = (vm.to_string(), host.to_string());
+        if said.contains(&at) {
+            continue;
         }
+        let (name, host) = at;
+        vms.push(VmAt {
+            name,
+            host,
+            live: false,
+            generation: None,
+            locked: false,
+            by_map_of: Some(own.clone()),
+        });
     }
     vms.sort_by(|a, b| (&a.name, &a.host).cmp(&(&b.name, &b.host)));
-    Json(AllVms { vms, silent })
+    // Of names and hosts no character sorts before the blank, so cursors are in the order of their entries.
+    let (vms, next) = page.of(&vms, |at| format!("{} {}", at.name, at.host));
+    let vms = vms.to_vec();
+    lists::page(&AllVms { vms, silent }, next)
 }
 
 /// Lists the hosts, as clients find their proxies.

@@ -28,6 +28,8 @@ use crate::access::certificate::{self, AnyCertificate};
 
 /// Most bytes of such a file.
 pub const FILE_MAX: u64 = 1 << 20;
+/// Most bytes of a map of VMs: more than a hundred thousand rows need.
+pub const MAP_MAX: u64 = 16 << 20;
 /// Certificates of a file at most.
 const CERTIFICATES_MAX: usize = 1024;
 /// What clients of `speak = "http"` and this proxy speak in TLS.
@@ -57,13 +59,18 @@ impl Files {
         let listens = table.get("listen").and_then(toml::Value::as_array);
         let listens = listens.into_iter().flatten().take(super::LISTENS_MAX);
         for section in listens.chain(table.get("peers")) {
-            for key in ["cert", "key", "client_ca", "map"] {
+            for (key, max) in [
+                ("cert", FILE_MAX),
+                ("key", FILE_MAX),
+                ("client_ca", FILE_MAX),
+                ("map", MAP_MAX),
+            ] {
                 let Some(path) = section.get(key).and_then(toml::Value::as_str) else {
                     continue;
                 };
                 let path = Path::new(path);
                 if path.is_absolute() && !self.0.contains_key(path) {
-                    let text = text_of(path, *left).map_err(|e| e.to_string());
+                    let text = text_of(path, max.min(*left)).map_err(|e| e.to_string());
                     *left -= text.as_ref().map_or(0, |text| text.len() as u64);
                     self.0.insert(path.to_owned(), text);
                 }
@@ -78,7 +85,7 @@ impl Files {
     }
 }
 
-fn text_of(path: &Path, left: u64) -> io::Result<String> {
+fn text_of(path: &Path, max: u64) -> io::Result<String> {
     // Nobody waits for a writer of a pipe.
     let file = File::options()
         .read(true)
@@ -87,7 +94,6 @@ fn text_of(path: &Path, left: u64) -> io::Result<String> {
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
-    let max = left.min(FILE_MAX);
     let mut bytes = Vec::new();
     let read = file.take(max + 1).read_to_end(&mut bytes)?;
     if read as u64 > max {

@@ -14,7 +14,7 @@ use adit_names::VmId;
 use adit_passed::Closer;
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
-use hyper::header::{HeaderMap, HeaderValue, InvalidHeaderValue, PROXY_AUTHORIZATION};
+use hyper::header::{HeaderMap, HeaderValue, InvalidHeaderValue, PROXY_AUTHORIZATION, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::time::timeout;
 
@@ -185,13 +185,14 @@ impl Host {
                 }));
             }
             let (status, error) = (answer.status(), error_of(&answer));
+            let passes = answer.headers().contains_key(RETRY_AFTER);
             let body = collected(answer.into_body(), TEXT_MAX, &slot).await;
             let text = String::from_utf8_lossy(&body.unwrap_or_default()).into_owned();
             // What to do about it is said here, with what is known here.
             let why = text.trim().lines().next().unwrap_or_default();
             let text = adit_names::escape(why).to_string();
             Ok(Err(Refusal::new(
-                code(status, &error),
+                code(status, &error, passes),
                 format!("host `{name}`: {text}"),
             )))
         };
@@ -409,17 +410,41 @@ fn error_of(answer: &Response<RecvStream>) -> String {
     error[..end.unwrap_or(error.len())].to_owned()
 }
 
-/// What the other host's refusal is here: a client hears the same status and error type of it.
-fn code(status: StatusCode, error: &str) -> Code {
+/// What the other host's refusal is here: a client hears the same status and error type of it. `passes`: it may go better later.
+fn code(status: StatusCode, error: &str, passes: bool) -> Code {
     match (status.as_u16(), error) {
         (404, _) => Code::UnknownVm,
         (403 | 407, _) => Code::NotAllowed,
+        (409, _) => Code::Ambiguous,
+        (429, _) => Code::TooOften,
         (503, "connection_limit_reached") => Code::Busy,
-        (503, _) => Code::NoSession,
+        (503, _) if passes => Code::NoSession,
+        (503, _) => Code::Locked,
         (504, _) => Code::NoAnswer,
         (502, "connection_terminated") => Code::Reset,
         (502, "http_protocol_error") => Code::Foreign,
         (502, _) => Code::DialFailed,
         _ => Code::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::problem::Problem;
+
+    #[test]
+    fn a_client_hears_of_every_refusal_of_another_host_what_it_would_hear_there() {
+        for there in Code::ALL {
+            let said = Problem::from(Refusal::new(there, "x"));
+            let here = code(said.status, said.error, said.retry_after.is_some());
+            let heard = Problem::from(Refusal::new(here, "x"));
+            let of = |problem: Problem| (problem.status, problem.error, problem.retry_after);
+            assert_eq!(of(heard), of(said), "{there}: {here}");
+        }
+        assert_eq!(
+            code(StatusCode::SERVICE_UNAVAILABLE, "x", false),
+            Code::Locked
+        );
     }
 }

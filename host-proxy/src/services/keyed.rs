@@ -24,8 +24,9 @@ use crate::vm::VmEntry;
 
 /// A service that every agent has, and that reaches nothing.
 const PING: &str = "ping";
-/// More than a VMM has passed on when it finds the end behind it, and less than the sockets between take without a reader.
-static TRIED: [u8; 64 << 10] = [b'.'; 64 << 10];
+const TRIED: &[u8] = b"half-close";
+/// An agent that answers before the end has done so by then.
+const EARLY: Duration = Duration::from_millis(300);
 /// How long the agent may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -41,36 +42,30 @@ pub(super) async fn class(vm: &VmEntry, open: &Open) -> Class {
     }
 }
 
-/// Tries whether the VMM passes half-closes on, where its configuration says so: bytes that come back behind an end of ours. A VMM that
-/// takes the end for a close drops most of them.
+/// Tries whether the VMM passes half-closes on, where its configuration says so: the agent answers behind an end of ours, and a VMM that
+/// takes the end for a close drops that.
 pub(crate) async fn try_half_closes(vm: &VmEntry) {
     let tried = async {
-        let mut stream = ping(vm).await?.0;
-        let (mut back, sent) = (Vec::with_capacity(TRIED.len()), &TRIED[..]);
-        let (reader, mut writer) = stream.split();
-        let write = async {
-            writer.write_all(sent).await?;
-            writer.shutdown().await
-        };
-        let read = async {
-            // Broken off is less than all of it, too.
-            let _ = reader
-                .take(2 * sent.len() as u64)
-                .read_to_end(&mut back)
-                .await;
-            Ok::<_, io::Error>(())
-        };
-        let moved = tokio::try_join!(write, read);
-        // An end that nobody heard of is told by what is missing.
-        drop(moved);
-        Ok::<_, String>(back == sent)
+        let (mut stream, _) = ping(vm, b"end").await?;
+        let say = |e: io::Error| e.to_string();
+        stream.write_all(TRIED).await.map_err(say)?;
+        let early = tokio::time::timeout(EARLY, stream.readable()).await;
+        if early.is_ok() {
+            return Err("the agent is one that answers at once".to_owned());
+        }
+        stream.shutdown().await.map_err(say)?;
+        let mut back = Vec::new();
+        // Broken off is less than all of it, too.
+        let _ = stream
+            .take(2 * TRIED.len() as u64)
+            .read_to_end(&mut back)
+            .await;
+        Ok(back == TRIED)
     };
     match tokio::time::timeout(LIMIT, tried).await {
         Ok(Ok(kept)) => vm.agent.half_closes_tried(kept),
         // The guest has gone, which says nothing of its VMM.
-        Ok(Err(why)) => {
-            tracing::debug!(vm = %vm.name, why, "half-closes were not tried");
-        }
+        Ok(Err(why)) => tracing::debug!(vm = %vm.name, why, "half-closes were not tried"),
         Err(_) => tracing::debug!(vm = %vm.name, "half-closes were not tried: no answer"),
     }
 }
@@ -78,16 +73,19 @@ pub(crate) async fn try_half_closes(vm: &VmEntry) {
 /// The boot nonce of whoever listens on the agent's port.
 async fn agent_nonce(vm: &VmEntry) -> Result<[u8; 16], String> {
     // Ends the stream.
-    ping(vm).await.map(|(_, nonce)| nonce)
+    ping(vm, b"").await.map(|(_, nonce)| nonce)
 }
 
 /// A stream to the agent's echo, and the boot nonce of whoever has answered.
-async fn ping(vm: &VmEntry) -> Result<(UnixStream, [u8; 16]), String> {
+async fn ping(vm: &VmEntry, arguments: &[u8]) -> Result<(UnixStream, [u8; 16]), String> {
     let link = vm.channel.link().ok_or("the port process has gone")?;
     let service = PING.parse().map_err(|_| "`ping` is no name")?;
     let question = Question {
         to: Target::Service(service),
-        extensions: Extensions::default(),
+        extensions: Extensions {
+            arguments: arguments.to_vec().try_into().unwrap_or_default(),
+            ..Extensions::default()
+        },
         deadline: LIMIT,
         tag: None,
         note: None,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use adit_names::VmId;
 use adit_tasks::KeyId;
 use adit_tasks::trust::DOCUMENTS_MAX;
-use adit_tasks::wire::{Facts, Held, Program, TrustHeld};
+use adit_tasks::wire::{self, Facts, Held, Program, TrustHeld};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -42,6 +42,8 @@ pub struct Agent {
     /// `UNKNOWN_STREAMS_MAX`.
     pub unknown_streams: Arc<Semaphore>,
     vm: VmId,
+    /// What it has said of its enrolment last; whoever judges it has it.
+    pub enrolled_last: tokio::sync::Mutex<Option<wire::Enrolment>>,
     /// Since when, and how many.
     enrolments: Mutex<(Option<Instant>, u32)>,
     said: Mutex<Said>,
@@ -106,6 +108,7 @@ impl Agent {
             other_streams: Arc::new(Semaphore::new(OTHER_STREAMS_MAX)),
             unknown_streams: Arc::new(Semaphore::new(UNKNOWN_STREAMS_MAX)),
             vm: vm.clone(),
+            enrolled_last: tokio::sync::Mutex::default(),
             enrolments: Mutex::default(),
             said: Mutex::default(),
             logged: Logged::default(),
@@ -190,6 +193,18 @@ impl Agent {
     pub fn enrolled(&self, enrolment: Enrolment) {
         let mut said = self.lock();
         (said.enrolment, said.is_fresh) = (enrolment, true);
+        drop(said);
+        self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
+    }
+
+    /// What it has said of who it is was judged again.
+    pub fn enrolled_again(&self, enrolment: Enrolment) {
+        let mut said = self.lock();
+        // Unless that was forgotten, for an agent of the version before came after it.
+        if said.enrolment.card.is_some() {
+            said.enrolment = enrolment;
+        }
         drop(said);
         self.logged.update(self.vm.as_str(), self.faults());
         self.changes.note();
@@ -376,6 +391,18 @@ impl Agent {
             self.vm
         );
         Some(Fault::new(FaultKind::Enrolment, &text))
+    }
+
+    /// Whether this process has heard from it who it is, by its card or without one.
+    pub fn was_heard(&self) -> bool {
+        let said = self.lock();
+        said.facts.is_some() || said.is_fresh
+    }
+
+    /// When the time of the card is over that this host believes, by a clock that nobody sets.
+    pub fn card_until(&self) -> Option<Instant> {
+        let said = self.lock();
+        said.enrolment.card.as_ref()?.as_ref().ok()?.until()
     }
 
     /// When the card ends that this host believes.

@@ -115,7 +115,8 @@ pub fn audit(host: &Host, lines: usize) -> Vec<Value> {
 pub fn asked(mut client: impl Read + Write, request: &str) -> Answer {
     client.write_all(request.as_bytes()).unwrap();
     let mut said = Vec::new();
-    client.read_to_end(&mut said).unwrap();
+    let read = client.read_to_end(&mut said);
+    assert!(read.is_ok(), "{request:?}: {read:?}");
     Answer::parse(&said).unwrap()
 }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::access::{audit, grant};
 use crate::host::{Answer, Control, Host};
 use crate::management::{Manager, management, token};
+use crate::peers::{to_alpha, two};
 use crate::proxy::head;
 use crate::tasks::apply;
 
@@ -106,6 +107,25 @@ fn a_locked_vm_refuses_new_tunnels_with_the_reason_and_the_open_ones_go_on() {
     host.start();
     let control = ports[0].connected();
     tunnel(&host, &control);
+}
+
+#[test]
+fn a_locked_vm_of_another_host_is_refused_here_as_it_is_there() {
+    let (alpha, beta) = two(&[("a", 3)], &[("b", 3)], &to_alpha("\"reach\", \"see\""));
+    let _b = beta.ports[0].connected();
+    lock(&beta.host, "b");
+    let mut said = Vec::new();
+    asks(&alpha.host, "b").read_to_end(&mut said).unwrap();
+    let answer = Answer::parse(&said).unwrap();
+    assert_eq!(answer.status, 503, "{}", answer.body);
+    // It takes somebody, and no time: nobody is told to ask again.
+    assert!(!answer.head.contains("retry-after"), "{}", answer.head);
+    let says = |part: &str| answer.body.contains(part);
+    assert!(
+        says(REASON) && says("`adit vm unlock`") && says("host `beta`"),
+        "{}",
+        answer.body
+    );
 }
 
 #[test]

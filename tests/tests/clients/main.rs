@@ -4,9 +4,11 @@
 //! These tests need the binaries that `cargo xtask test` builds. Without them they print that and pass.
 #![allow(missing_docs)]
 
+mod device;
 mod gate;
 mod hosts;
 mod keys;
+mod passthrough;
 mod programs;
 mod servers;
 mod services;

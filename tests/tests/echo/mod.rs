@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use adit_channel::port::Notice;
 use adit_channel::sink::Sink;
+use adit_engine::EngineConfig;
 use adit_tests::host::Host;
 use adit_tests::process::wait_for;
 use guest::Guest;
@@ -29,17 +30,32 @@ const SOON: Duration = Duration::from_secs(30);
 /// A guest that runs in a thread, and whose program echoes.
 pub struct Echo {
     stop: Arc<AtomicBool>,
+    still: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Echo {
     /// `socket`: the VM's `vhost.sock`.
     pub fn boot(socket: &Path) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, socket) = (stop.clone(), socket.to_owned());
+        Self::boot_as(socket, CID)
+    }
+
+    /// The same with this CID.
+    pub fn boot_as(socket: &Path, cid: u64) -> Self {
+        let (stop, still) = <(Arc<AtomicBool>, Arc<AtomicBool>)>::default();
+        // As many as a kernel takes, which has no limit but memory.
+        let config = EngineConfig {
+            max_streams: adit_engine::STREAMS_MAX,
+            ..EngineConfig::default()
+        };
+        let (stopped, stands, socket) = (stop.clone(), still.clone(), socket.to_owned());
         let thread = std::thread::spawn(move || {
-            let mut guest = Guest::boot(&socket, CID, &[ECHO]);
+            let mut guest = Guest::boot_with(&socket, cid, &[ECHO], config);
             while !stopped.load(Ordering::Relaxed) {
+                if stands.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
                 guest.shard.turn(Some(Duration::from_millis(5))).unwrap();
                 while let Some(news) = guest.shard.poll_news() {
                     if let adit_channel::shard::News::Notice(_, notice) = news {
@@ -50,8 +66,19 @@ impl Echo {
         });
         Self {
             stop,
+            still,
             thread: Some(thread),
         }
+    }
+
+    /// It runs no more, as one whose VMM is stopped.
+    pub fn stands_still(&self) {
+        self.still.store(true, Ordering::Relaxed);
+    }
+
+    /// It runs again.
+    pub fn goes_on(&self) {
+        self.still.store(false, Ordering::Relaxed);
     }
 }
 

@@ -136,7 +136,8 @@ fn detached(setup: &Setup) {
         "cat /sys/fs/cgroup/adit-tasks/adit-task-exec/cgroup.procs | wc -l; kill -9 $(pidof adit-guest | tr ' ' '\\n' | sort -n | head -1); sleep 0.2",
     );
     let said = String::from_utf8_lossy(&out.stdout);
-    assert_eq!(said.trim(), "2", "{out:?}");
+    // Two sessions, and the fork server.
+    assert_eq!(said.trim(), "3", "{out:?}");
     setup.wait_agent();
     let attached = wait_for("the next agent has it", BOOT, || {
         let out = setup.host.adit(&["attach", &id])?;

@@ -25,7 +25,7 @@ fn copies(kernel: Kernel) {
         out.status.code() == Some(125) && said.contains("off"),
         "{said}"
     );
-    let text = "cat > /etc/adit-guest/policy.toml <<E\\ndefault = 'deny'\\n[[files]]\\nallow = 'host'\\nusers = 'any'\\n\
+    let text = "chmod 1777 /tmp; cat > /etc/adit-guest/policy.toml <<E\\ndefault = 'deny'\\n[[files]]\\nallow = 'host'\\nusers = 'any'\\n\
                 read = ['/tmp', '/etc']\\nwrite = ['/tmp']\\nE\\nadit-guest policy check && /etc/init.d/S50adit-guest reload";
     let list = run_goal(&setup, &step("policy", text));
     assert!(is_done(&list, "policy"), "{list}\n{}", setup.guest.serial());

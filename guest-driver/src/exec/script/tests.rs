@@ -206,6 +206,11 @@ const TREE: &str = "trap '' TERM; i=0; while [ $i -lt 24 ]; do sleep 1000 & sets
                     (setsid sh -c 'trap \"\" TERM HUP; sleep 1000 & sleep 1000' &) ; echo up; wait; sleep 1000";
 
 fn living(marker: &str) -> usize {
+    living_that(marker, |_| true)
+}
+
+/// Those of them that are this, by their pid.
+fn living_that(marker: &str, is: impl Fn(i32) -> bool) -> usize {
     let want = format!("{MARKER}={marker}");
     let bears = |pid: i32| {
         let env = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -213,7 +218,7 @@ fn living(marker: &str) -> usize {
     };
     super::super::proc::table()
         .values()
-        .filter(|p| !p.zombie && bears(p.id.pid))
+        .filter(|p| !p.zombie && bears(p.id.pid) && is(p.id.pid))
         .count()
 }
 
@@ -297,8 +302,12 @@ fn workers_of_an_earlier_task_are_not_a_later_ones(
     let tree = Tree::new(later, base.as_deref());
     fs::write(&fifos[0], "go\n").unwrap();
     assert_eq!(fs::read_to_string(&fifos[1]).unwrap(), "did\n");
-    // The kernel lists what is after exec only; a worker may not have come so far.
-    while living(earlier) < 3 {
+    // All three have become what they stay: a shell between may be there for a moment, and a worker not yet.
+    let sleeps = |pid: i32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+        name.is_ok_and(|name| name == "sleep\n")
+    };
+    while living_that(earlier, sleeps) < 3 || living(earlier) != 3 {
         std::thread::yield_now();
     }
     assert!(tree.kill(0));
@@ -325,7 +334,8 @@ fn r95_workers_that_an_earlier_daemon_starts_are_not_a_later_tasks_with_a_cgroup
     };
     probe.release();
     workers_of_an_earlier_task_are_not_a_later_ones(&earlier, &later, Some(base.clone()));
-    // What a daemon was in is removed by the next task, once it is empty.
+    // What a daemon was in is removed before the next task, once it is empty.
+    cgroup::sweep(&base);
     assert!(cgroup::Cgroup::create(&base, &later).is_some_and(|c| c.release() == 0));
     for task in [earlier, later] {
         assert!(cgroup::Cgroup::find(&base, &task).is_none(), "{task} stays");

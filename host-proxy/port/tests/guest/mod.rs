@@ -252,9 +252,14 @@ pub struct Guest {
 
 impl Guest {
     pub fn boot(socket: &Path, cid: u64, listen: &[u32]) -> Self {
+        Self::boot_with(socket, cid, listen, EngineConfig::default())
+    }
+
+    /// The same with other limits.
+    pub fn boot_with(socket: &Path, cid: u64, listen: &[u32], config: EngineConfig) -> Self {
         let mut shard = Shard::new().unwrap();
         let carrier = DriverCarrier::connect(socket, cid);
-        let port = shard.add(carrier, EngineConfig::default(), 7).unwrap();
+        let port = shard.add(carrier, config, 7).unwrap();
         for &at in listen {
             shard.port_mut(port).listen(at).unwrap();
         }

@@ -98,6 +98,25 @@ fn without_a_grant_nobody_but_the_owner_may_anything() {
 }
 
 #[test]
+fn a_label_that_is_not_known_might_give_what_a_grant_says_and_no_more() {
+    let grants = Grants::new(vec![
+        grant(&["user:a"], &["label:env=prod"], &["reach:80"], None),
+        grant(&["user:b"], &["label:env=prod"], &["reach"], Some(NOW)),
+        grant(&["user:c"], &["web-*"], &["reach"], None),
+    ]);
+    let mut vm = Vm::new("web-1", &[80]);
+    let might = |who: &str, port: u16, vm: &Vm| {
+        grants.by_some_label(&user(who, &[]), Verb::Reach(&tcp(port)), vm.view(), NOW)
+    };
+    assert!(grants.has_labels() && might("a", 80, &vm));
+    assert!(!might("a", 81, &vm) && !might("b", 80, &vm) && !might("c", 80, &vm));
+    // What the configuration says comes before a card.
+    vm.labels.insert("env".into(), "test".into());
+    assert!(!might("a", 80, &vm));
+    assert!(!Grants::default().has_labels());
+}
+
+#[test]
 fn forward_is_for_listeners_that_lead_to_one_place_and_keeps_to_the_vms_lists() {
     let grants = Grants::new(vec![grant(&["anyone"], &["web-1"], &["forward"], None)]);
     let (web, nobody) = (Vm::new("web-1", &[22]), Caller::anonymous("x"));

@@ -23,7 +23,7 @@ const TRAILER_FIELDS_MAX: usize = 64;
 
 /// The rest of a body.
 #[derive(Clone, Debug)]
-pub(super) enum Body {
+pub(crate) enum Body {
     /// As many bytes; 0: it is over.
     Length(u64),
     /// Chunks.
@@ -32,7 +32,7 @@ pub(super) enum Body {
 
 /// A chunked body, as far as it has come.
 #[derive(Clone, Debug)]
-pub(super) struct Chunks {
+pub(crate) struct Chunks {
     at: At,
     extensions: usize,
     trailer: Vec<u8>,
@@ -64,7 +64,7 @@ const SIZE: At = At::Size { size: 0, digits: 0 };
 
 impl Body {
     /// A chunked body, at its beginning.
-    pub(super) fn chunked() -> Self {
+    pub(crate) fn chunked() -> Self {
         Self::Chunked(Chunks {
             at: SIZE,
             extensions: 0,
@@ -73,7 +73,7 @@ impl Body {
     }
 
     /// Whether nothing of it is to come.
-    pub(super) fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         match self {
             Self::Length(left) => *left == 0,
             Self::Chunked(chunks) => matches!(chunks.at, At::Over),
@@ -84,7 +84,7 @@ impl Body {
     ///
     /// # Errors
     /// It is no chunked body.
-    pub(super) fn take(&mut self, bytes: &[u8]) -> Result<usize, Problem> {
+    pub(crate) fn take(&mut self, bytes: &[u8]) -> Result<usize, Problem> {
         match self {
             Self::Length(left) => {
                 let own = bytes

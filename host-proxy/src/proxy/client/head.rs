@@ -5,7 +5,7 @@
 //! | a line that CRLF does not end, a folded line, a control character | 400 |
 //! | more than [`HEADER_MAX`] bytes, more than [`FIELDS_MAX`] fields | 431; 414 if it is the target |
 //! | a version other than HTTP/1.0 and HTTP/1.1, but for a connection that begins with [`PREFACE`] | 505 |
-//! | HTTP/1.1 without `Host`; two of them; one that is no host | 400 (RFC 9112 §3.2) |
+//! | HTTP/1.1 without `Host`; two of them, also as a list in one; one that is no host | 400 (RFC 9112 §3.2) |
 //! | `Content-Length` twice, or not digits; with `Transfer-Encoding`; with CONNECT | 400 (RFC 9112 §6.3) |
 //! | `Transfer-Encoding` in HTTP/1.0, twice, or without `chunked` at its end, once | 400 (RFC 9112 §6.1) |
 //! | another coding below `chunked` | 501 |
@@ -28,22 +28,22 @@ pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
 
 /// A request that may go on.
 #[derive(Debug)]
-pub(super) struct Head {
+pub(crate) struct Head {
     /// What hyper reads.
-    pub(super) bytes: BytesMut,
+    pub(crate) bytes: BytesMut,
     /// What follows.
-    pub(super) body: Body,
+    pub(crate) body: Body,
     /// It is CONNECT, which a tunnel follows.
-    pub(super) connect: bool,
+    pub(crate) connect: bool,
     /// It is of HTTP/1.1, so that it may have interim answers.
-    pub(super) http_11: bool,
+    pub(crate) http_11: bool,
     /// Its target is `scheme://authority` and nothing else.
-    pub(super) no_path: bool,
+    pub(crate) no_path: bool,
 }
 
 /// Looks for the end of a head in bytes that come in pieces.
 #[derive(Debug)]
-pub(super) struct Search {
+pub(crate) struct Search {
     lines: Lines,
     /// Bytes that were looked at.
     at: usize,
@@ -51,7 +51,7 @@ pub(super) struct Search {
 }
 
 impl Search {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             lines: Lines::new(),
             at: 0,
@@ -64,7 +64,7 @@ impl Search {
     ///
     /// # Errors
     /// It is refused before its end.
-    pub(super) fn end(&mut self, bytes: &mut BytesMut) -> Result<Option<usize>, Problem> {
+    pub(crate) fn end(&mut self, bytes: &mut BytesMut) -> Result<Option<usize>, Problem> {
         while self.at == 0 && bytes.starts_with(b"\r\n") {
             bytes.advance(2);
         }
@@ -100,7 +100,7 @@ fn too_long(in_target: bool) -> Problem {
 ///
 /// # Errors
 /// It is refused.
-pub(super) fn check(head: &[u8]) -> Result<Head, Problem> {
+pub(crate) fn check(head: &[u8]) -> Result<Head, Problem> {
     let end = head.windows(2).position(|w| w == b"\r\n");
     let (line, rest) = head.split_at(end.map_or(head.len(), |at| at + 2));
     let (method, Target { text, no_path }, http_11) =
@@ -310,7 +310,7 @@ fn host(fields: &[httparse::Header<'_>], http_11: bool) -> Result<(), Problem> {
     }
     if let Some(byte) = value(host)
         .iter()
-        .find(|&&b| !may_name(b) || b == b'/' || b == b'@')
+        .find(|&&b| !may_name(b) || b"/@,".contains(&b))
     {
         let why = format!("Host has {}, which no host has", shown(*byte));
         return Err(Problem::malformed(why));

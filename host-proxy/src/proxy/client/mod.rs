@@ -49,9 +49,10 @@ use super::linger;
 use super::problem::Problem;
 use crate::link::Asks;
 use crate::listen::{HEADER_LIMIT, Place};
-use body::Body;
+pub(crate) use body::Body;
 use half_closed::HalfClosed;
-use head::{PREFACE, Search};
+use head::PREFACE;
+pub(crate) use head::{Search, check};
 pub(super) use head::{may_name, shown};
 pub(super) use tunnel::Tunnel;
 
@@ -70,7 +71,7 @@ const PIECE: usize = 4096;
 pub(super) fn checked_head(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut bytes = BytesMut::from(bytes);
     let len = Search::new().end(&mut bytes).ok()??;
-    let head = head::check(&bytes[..len]).ok()?;
+    let head = check(&bytes[..len]).ok()?;
     Some(head.bytes.to_vec())
 }
 
@@ -233,7 +234,7 @@ impl Client {
                     self.at = At::Http2;
                     continue;
                 }
-                Ok(Some(len)) => Some(head::check(&self.ahead.split_to(len))),
+                Ok(Some(len)) => Some(check(&self.ahead.split_to(len))),
                 Ok(None) => None,
                 Err(why) => Some(Err(why)),
             };

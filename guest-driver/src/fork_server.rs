@@ -1,12 +1,12 @@
-//! The fork server: one process with one thread that becomes a session process by a fork alone.
+//! The fork server: one process with one thread, of which a session process, or the process of a copy, is made by a fork alone.
 //!
 //! ```text
-//! agent ── SEQPACKET: a byte, with the stream and a pipe ──► fork server ── fork ──► session process
-//!       ◄─ pid, or the error's number ─────────────────────┘
+//! agent ── SEQPACKET: which, with the stream and a pipe ──► fork server ── fork ──► session::run, or copy::run
+//!       ◄─ pid, or the error's number ──────────────────────┘
 //! ```
 //! Starting this program anew, and moving it into the sessions' cgroup, takes longer than most commands: for the move the kernel waits
-//! until all processors have been somewhere else. The fork server has done both once. It is started with the first session; it ends when
-//! its agent has ended, and the sessions go on.
+//! until all processors have been somewhere else. The fork server has done both once. It is started when it is needed first; it ends when
+//! its agent has ended, and what it has started goes on.
 
 use std::ffi::CString;
 use std::io::{self, IoSlice, IoSliceMut, Write};
@@ -23,10 +23,20 @@ use rustix::net::{
 };
 
 use crate::exec::{cgroup, reap, sessions};
-use crate::{protect, sys};
+use crate::{copy, protect, session, sys};
 
 /// Name of the hidden command.
-pub const COMMAND: &str = "exec-sessions";
+pub const COMMAND: &str = "fork-server";
+
+/// What a process becomes. The number is what the fork server is told: the same program, so there are no versions of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Becomes {
+    /// The process of a command.
+    Session = 1,
+    /// That of a copy, a list or a removal.
+    Copy = 2,
+}
 
 /// The agent's end.
 #[derive(Debug)]
@@ -34,6 +44,7 @@ pub struct ForkServer {
     /// This program.
     program: PathBuf,
     line: Mutex<Option<OwnedFd>>,
+    cgroups: Mutex<Option<PathBuf>>,
 }
 
 impl ForkServer {
@@ -42,51 +53,58 @@ impl ForkServer {
         Self {
             program: program.to_owned(),
             line: Mutex::default(),
+            cgroups: Mutex::default(),
         }
     }
 
-    /// Starts a session process, which has this stream, and is told this. `cgroups`: where a cgroup can be made, if anywhere.
+    /// Where cgroups can be made, if anywhere: to look for it takes longer than to see that it is still there.
+    pub fn cgroups(&self) -> Option<PathBuf> {
+        let mut known = self.cgroups.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.as_ref().is_none_or(|base| !base.is_dir()) {
+            *known = cgroup::base();
+        }
+        known.clone()
+    }
+
+    /// Starts a process, which has this stream, and is told this. Returns its number.
     ///
     /// # Errors
     /// There is none then, or it has ended.
-    pub fn start(
-        &self,
-        stream: BorrowedFd<'_>,
-        told: &[u8],
-        cgroups: Option<&Path>,
-    ) -> io::Result<()> {
+    pub fn start(&self, becomes: Becomes, stream: BorrowedFd<'_>, told: &[u8]) -> io::Result<i32> {
         let (theirs, mut ours) = io::pipe()?;
-        {
+        let pid = {
             let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
             let sent = match &*line {
-                Some(line) => ask(line, stream, theirs.as_fd()).is_ok(),
+                Some(line) => ask(line, becomes, [stream, theirs.as_fd()]).is_ok(),
                 None => false,
             };
             if !sent {
                 // There was none, or it has been killed: whatever it was not sent did not begin.
-                let new = self.launch(cgroups)?;
-                ask(line.insert(new), stream, theirs.as_fd())?;
+                let new = self.launch()?;
+                ask(line.insert(new), becomes, [stream, theirs.as_fd()])?;
             }
-            let answered = line.as_ref().map_or_else(
-                || Err(io::ErrorKind::NotConnected.into()),
-                |line| answer(line),
-            );
+            let answered = line
+                .as_ref()
+                .map_or_else(|| Err(io::ErrorKind::NotConnected.into()), answer);
             if answered.is_err() {
                 *line = None;
             }
-            sessions::started(answered??);
-        }
+            let pid = answered??;
+            sessions::started(pid);
+            pid
+        };
         drop(theirs);
         // One that does not take it has ended, and says why.
         let _ = ours.write_all(told);
-        Ok(())
+        Ok(pid)
     }
 
-    fn launch(&self, cgroups: Option<&Path>) -> io::Result<OwnedFd> {
+    fn launch(&self) -> io::Result<OwnedFd> {
+        let cgroups = self.cgroups();
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         let setup = sys::ChildSetup {
-            cgroup: cgroups.and_then(cgroup::of_sessions),
+            cgroup: cgroups.as_deref().and_then(cgroup::of_sessions),
             user: None,
             cwd: CString::new("/").map_err(io::Error::other)?,
             inherited: protect::inherited(),
@@ -96,7 +114,7 @@ impl ForkServer {
         let mut command = Command::new(&self.program);
         command.arg(COMMAND).stdin(theirs).stdout(Stdio::null());
         // Daemons that sessions left may have ended meanwhile.
-        cgroups.into_iter().for_each(cgroup::sweep);
+        cgroups.iter().for_each(|base| cgroup::sweep(base));
         let (_, claim) = reap::spawn(|| {
             let child = sys::spawn(&mut command, setup)?;
             sessions::started(child.id().cast_signed());
@@ -108,14 +126,13 @@ impl ForkServer {
     }
 }
 
-fn ask(line: &OwnedFd, stream: BorrowedFd<'_>, pipe: BorrowedFd<'_>) -> io::Result<()> {
-    let fds = [stream, pipe];
+fn ask(line: &OwnedFd, becomes: Becomes, fds: [BorrowedFd<'_>; 2]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     control.push(SendAncillaryMessage::ScmRights(&fds));
     sendmsg(
         line,
-        &[IoSlice::new(&[1])],
+        &[IoSlice::new(&[becomes as u8])],
         &mut control,
         SendFlags::NOSIGNAL,
     )?;
@@ -140,7 +157,7 @@ fn answer(line: &OwnedFd) -> io::Result<io::Result<i32>> {
     }
 }
 
-/// Serves the agent at standard input until it has ended. Returns in each session process, too: when its session is over.
+/// Serves the agent at standard input until it has ended. Returns in each process that it makes, too: when that is done.
 ///
 /// # Errors
 /// It cannot serve.
@@ -148,9 +165,9 @@ pub fn serve() -> io::Result<()> {
     let alone = sys::Alone::now()?;
     cgroup::know_shares();
     let line = io::stdin().as_fd().try_clone_to_owned()?;
-    // The kernel waits for sessions that have ended.
+    // The kernel waits for those that have ended.
     sys::ignore_signal(nix::sys::signal::Signal::SIGCHLD);
-    while let Some([stream, pipe]) = receive(&line)? {
+    while let Some((becomes, [stream, pipe])) = receive(&line)? {
         let started = sys::fork(&alone);
         if let Ok(None) = started {
             drop(line);
@@ -158,7 +175,13 @@ pub fn serve() -> io::Result<()> {
             rustix::stdio::dup2_stdin(&pipe)?;
             rustix::stdio::dup2_stdout(&stream)?;
             drop((stream, pipe));
-            return super::run();
+            let (name, run): (_, fn() -> io::Result<()>) = match becomes {
+                Becomes::Session => (c"adit-session", session::run),
+                Becomes::Copy => (c"adit-copy", copy::run),
+            };
+            // For people who look at processes.
+            let _ = nix::sys::prctl::set_name(name);
+            return run();
         }
         let said = match started {
             Ok(pid) => pid.unwrap_or(0),
@@ -169,8 +192,8 @@ pub fn serve() -> io::Result<()> {
     Ok(())
 }
 
-/// The next session's stream, and the pipe by which it is told; none: the agent has ended.
-fn receive(line: &OwnedFd) -> io::Result<Option<[OwnedFd; 2]>> {
+/// What is wanted next, its stream, and the pipe by which it is told; none: the agent has ended.
+fn receive(line: &OwnedFd) -> io::Result<Option<(Becomes, [OwnedFd; 2])>> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -189,7 +212,12 @@ fn receive(line: &OwnedFd) -> io::Result<Option<[OwnedFd; 2]>> {
         _ => None,
     });
     let fds: Vec<OwnedFd> = fds.flatten().collect();
-    let fds = fds.try_into();
-    fds.map(Some)
-        .map_err(|_| io::Error::other("a session has a stream and a pipe"))
+    let becomes = [Becomes::Session, Becomes::Copy];
+    let becomes = becomes.into_iter().find(|one| *one as u8 == byte[0]);
+    match (becomes, fds.try_into()) {
+        (Some(becomes), Ok(fds)) => Ok(Some((becomes, fds))),
+        _ => Err(io::Error::other(
+            "the agent says what, and gives a stream and a pipe",
+        )),
+    }
 }
