@@ -255,7 +255,11 @@ impl Session {
                 return Err(Gone { from, to, asked });
             }
         }
-        for (spool, from) in self.outs.iter_mut().zip(from) {
+        for ((spool, from), asked) in self.outs.iter_mut().zip(from).zip(asked) {
+            if let Some(had) = asked {
+                // It will not say so again, and a command that writes more waits for whoever has read.
+                spool.has(had);
+            }
             let _ = spool.rewind(from);
         }
         self.stdin.anew();

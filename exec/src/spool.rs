@@ -95,6 +95,11 @@ impl Spool {
         is_sent
     }
 
+    /// Somebody says to have it as far as that, whoever it was sent to.
+    pub fn has(&mut self, offset: u64) {
+        self.acked = self.acked.max(offset.min(self.end()));
+    }
+
     /// Nobody will ask again for what was sent.
     pub fn forget_sent(&mut self) {
         self.acked = self.acked.max(self.sent);
@@ -128,6 +133,7 @@ mod tests {
         Push(usize),
         Send(usize),
         Ack(u64),
+        Has(u64),
         Forget,
         Rewind(u64),
     }
@@ -137,6 +143,7 @@ mod tests {
             (0..SPOOL_MAX + 9).prop_map(Do::Push),
             (0..SPOOL_MAX).prop_map(Do::Send),
             (0..3 * SPOOL_MAX as u64).prop_map(Do::Ack),
+            (0..3 * SPOOL_MAX as u64).prop_map(Do::Has),
             Just(Do::Forget),
             (0..3 * SPOOL_MAX as u64).prop_map(Do::Rewind),
         ]
@@ -171,6 +178,10 @@ mod tests {
                     Do::Ack(offset) => {
                         let sent = spool.sent();
                         prop_assert_eq!(spool.ack(offset), offset <= sent);
+                    }
+                    Do::Has(offset) => {
+                        spool.has(offset);
+                        prop_assert!(spool.acked() <= written);
                     }
                     Do::Forget => spool.forget_sent(),
                     Do::Rewind(offset) => {

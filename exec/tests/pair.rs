@@ -193,6 +193,14 @@ proptest! {
         for step in &steps {
             world.step(step);
         }
+        // A command waits for nobody who has read all of it.
+        let has_ended = world.session.exit().is_some();
+        for _ in 0..100 {
+            world.carry_to_client(usize::MAX);
+            world.carry_to_guest(usize::MAX);
+        }
+        let goes_on = |out| world.session.room(out) >= SPOOL_MAX - (64 << 10);
+        prop_assert!(has_ended || (goes_on(Out::Stdout) && goes_on(Out::Stderr)));
         world.step(&Step::Exit);
         for _ in 0..100 {
             world.carry_to_client(usize::MAX);

@@ -15,11 +15,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg,
-    socketpair,
+    socketpair, sockopt,
 };
 
 use crate::exec::{cgroup, reap, sessions};
@@ -27,6 +28,8 @@ use crate::{copy, protect, session, sys};
 
 /// Name of the hidden command.
 pub const COMMAND: &str = "fork-server";
+/// How long it may take to make a process.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a process becomes. The number is what the fork server is told: the same program, so there are no versions of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +114,8 @@ impl ForkServer {
             tty: false,
             dies_with_parent: false,
         };
+        // One that was stopped must not hold whoever comes next.
+        sockopt::set_socket_timeout(&ours, sockopt::Timeout::Recv, Some(ANSWER_LIMIT))?;
         let mut command = Command::new(&self.program);
         command.arg(COMMAND).stdin(theirs).stdout(Stdio::null());
         // Daemons that sessions left may have ended meanwhile.

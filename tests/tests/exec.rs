@@ -199,30 +199,34 @@ fn a_detached_command_is_listed_attached_to_and_ended() {
     let out = setup.adit(&["ps", "a"]);
     let listed = String::from_utf8(out.stdout).unwrap();
     assert!(listed.contains(&id) && listed.contains("runs"), "{listed}");
-    // Left in the middle, and taken up again where the message says.
-    let mut child = setup.spawn(&["attach", &id]);
-    let mut stdout = child.stdout.take().unwrap();
-    let mut all = vec![0; 10_000];
-    stdout.read_exact(&mut all).unwrap();
-    signal(&child, Signal::SIGINT);
-    stdout.read_to_end(&mut all).unwrap();
-    let mut said = String::new();
-    child
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut said)
-        .unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
-    let since = said
-        .split("--since ")
-        .nth(1)
-        .unwrap()
-        .split('`')
-        .next()
-        .unwrap();
-    assert_eq!(since, format!("{},0", all.len()));
-    let out = setup.adit(&["attach", &id, "--since", since]);
+    // Left in the middle, and taken up again where the message says: by a reader who goes on reading, and by one who does not.
+    let mut all = Vec::new();
+    let mut since = String::from("0,0");
+    for reads_on in [true, false, true] {
+        let mut child = setup.spawn(&["attach", &id, "--since", &since]);
+        let mut stdout = child.stdout.take().unwrap();
+        let mut piece = vec![0; 10_000];
+        stdout.read_exact(&mut piece).unwrap();
+        signal(&child, Signal::SIGINT);
+        let left = match reads_on {
+            true => None,
+            false => Some(child.wait().unwrap()),
+        };
+        stdout.read_to_end(&mut piece).unwrap();
+        let left = left.unwrap_or_else(|| child.wait().unwrap());
+        let mut said = String::new();
+        let mut stderr = child.stderr.take().unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        assert_eq!(left.code(), Some(0), "{said}");
+        let at = said.split("--since ").nth(1).unwrap();
+        let at = at.split('`').next().unwrap();
+        all.extend(piece);
+        let had: usize = at.split(',').next().unwrap().parse().unwrap();
+        assert!(had <= all.len() && (!reads_on || had == all.len()), "{had}");
+        all.truncate(had);
+        since = at.to_owned();
+    }
+    let out = setup.adit(&["attach", &id, "--since", &since]);
     assert_eq!(status(&out), 9);
     all.extend(&out.stdout);
     let want: String = (0..50_000).map(|i| format!("line {i}\n")).collect();
@@ -234,6 +238,18 @@ fn a_detached_command_is_listed_attached_to_and_ended() {
     assert_eq!(status(&setup.adit(&["attach", &id])), 128 + 9);
 }
 
+/// Runs a line in a shell that has a terminal.
+fn at_a_terminal(setup: &Setup, line: &str) -> Child {
+    let mut command = Command::new("script");
+    command
+        .args(["-q", "-c", line, "/dev/null"])
+        .env("ADIT_SOCKET", setup.socket())
+        .env("SHELL", "/bin/sh")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    command.spawn().unwrap()
+}
+
 /// openssh's `-t`: keys are the command's signals, the size is ours, and the terminal is as before (R123).
 #[test]
 fn a_terminal_is_the_commands_and_is_as_before_afterwards() {
@@ -243,14 +259,7 @@ fn a_terminal_is_the_commands_and_is_as_before_afterwards() {
         "stty rows 31 cols 77; {} exec -t a -- sh -c \"{inner}\"; echo \"status $?\"; stty -a | tr ';' '\\n' | grep -c -w -e icanon -e echo",
         setup.bins.join("adit").display()
     );
-    let mut command = Command::new("script");
-    command
-        .args(["-q", "-c", &line, "/dev/null"])
-        .env("ADIT_SOCKET", setup.socket())
-        .env("SHELL", "/bin/sh")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
-    let mut child = command.spawn().unwrap();
+    let mut child = at_a_terminal(&setup, &line);
     let mut stdin = child.stdin.take().unwrap();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut all = String::new();
@@ -277,14 +286,7 @@ fn a_shell_is_left_by_an_escape_and_ends() {
         "{} shell a; echo \"status $?\"; stty -a | tr ';' '\\n' | grep -c -w -e icanon -e echo",
         setup.bins.join("adit").display()
     );
-    let mut command = Command::new("script");
-    command
-        .args(["-q", "-c", &line, "/dev/null"])
-        .env("ADIT_SOCKET", setup.socket())
-        .env("SHELL", "/bin/sh")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
-    let mut child = command.spawn().unwrap();
+    let mut child = at_a_terminal(&setup, &line);
     let mut stdin = child.stdin.take().unwrap();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     stdin

@@ -28,6 +28,8 @@ const PROTOCOL: &str = "adit-exec";
 const PIECE: usize = 256 << 10;
 /// Whoever presses Ctrl-C so many times within so long wants to be rid of it.
 pub(super) const IMPATIENT: (usize, Duration) = (3, Duration::from_secs(2));
+/// Whoever leaves waits so long for output that its reader has not taken.
+const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// What goes through a stream beside its output.
 pub(super) struct Carries {
@@ -55,7 +57,7 @@ pub(super) enum Signals {
 pub(super) enum Ended {
     /// The command has.
     Exit(Exit),
-    /// We have, with so much of its outputs.
+    /// We have, with so much of its outputs: never more than was written, and less where that was not taken in time.
     Left([u64; 2]),
 }
 
@@ -319,6 +321,7 @@ impl Stream {
             },
             caught: Caught::new().map_err(local)?,
             writing: false,
+            written: [0; 2],
             pressed: Vec::new(),
             signals: carries.signals,
             typed: carries.escapes.then(Typed::default),
@@ -394,6 +397,8 @@ struct Carrying {
     caught: Caught,
     /// The output has pieces that are not written yet.
     writing: bool,
+    /// Of each output, what came before those pieces.
+    written: [u64; 2],
     /// When Ctrl-C was pressed.
     pressed: Vec<Instant>,
     signals: Signals,
@@ -420,7 +425,7 @@ impl Carrying {
             tokio::select! {
                 number = self.caught.next() => {
                     if self.signal(stream, number).await? {
-                        return Ok(Ended::Left(stream.half.had()));
+                        return Ok(Ended::Left(self.leave(stream).await));
                     }
                 }
                 wrote = self.output.written(), if self.writing => {
@@ -442,7 +447,7 @@ impl Carrying {
                         None => (bytes, false),
                     };
                     if leaves {
-                        return Ok(Ended::Left(stream.half.had()));
+                        return Ok(Ended::Left(self.leave(stream).await));
                     }
                     if bytes.is_empty() && !was_empty {
                         // A tilde, of which the next byte says what it means.
@@ -462,6 +467,23 @@ impl Carrying {
         }
     }
 
+    /// How much of the outputs was written, when we leave. What is still being written counts only if it is taken at once: whoever
+    /// asks for the rest may get some of it twice, and misses nothing.
+    async fn leave(&mut self, stream: &Stream) -> [u64; 2] {
+        let all = stream.half.had();
+        if !self.writing {
+            return all;
+        }
+        tokio::select! {
+            wrote = self.output.written() => match wrote {
+                Ok(()) => all,
+                Err(_) => self.written,
+            },
+            _ = self.caught.next() => self.written,
+            () = tokio::time::sleep(LEAVE_LIMIT) => self.written,
+        }
+    }
+
     /// Takes all whole frames; output goes to its thread.
     fn take(
         &mut self,
@@ -470,6 +492,9 @@ impl Carrying {
     ) -> Result<Option<Exit>, Failure> {
         let mut pieces: Vec<(Out, Vec<u8>)> = Vec::new();
         while let Some(message) = stream.decoder.poll_frame().map_err(broken)? {
+            if pieces.is_empty() {
+                self.written = stream.half.had();
+            }
             match stream.half.handle(message).map_err(lies)? {
                 Heard::Output(out, bytes) => match pieces.last_mut() {
                     Some((last, all)) if *last == out => all.extend(bytes),

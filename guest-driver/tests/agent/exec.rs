@@ -928,6 +928,36 @@ fn r121_many_short_sessions_leave_nothing() {
     });
 }
 
+/// A fork server that is killed or stopped costs the command that needed it at most, and the next one has another.
+#[test]
+fn the_next_command_runs_whatever_becomes_of_the_fork_server() {
+    let guest = guest(ANY);
+    let server = || -> i32 {
+        let agent = guest.host.pid();
+        let all = fs::read_dir("/proc").unwrap().flatten();
+        let found = all.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+        let mut found = found.filter(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let parent = stat.rsplit(')').next().unwrap_or_default();
+            let parent = parent.split_whitespace().nth(1);
+            line.ends_with(b"\0fork-server\0") && parent == Some(&agent.to_string())
+        });
+        found.next().expect("a fork server")
+    };
+    assert_eq!(guest.sh("exit 3").exit(), (How::Code, 3));
+    let first = server();
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    until("it has gone", || !lives(first));
+    assert_eq!(guest.sh("exit 4").exit(), (How::Code, 4));
+    let second = server();
+    kill(Pid::from_raw(second), Signal::SIGSTOP).unwrap();
+    let refused = guest.sh("exit 5").refused();
+    assert_eq!(refused.reason, refusal::FAILED);
+    assert_eq!(guest.sh("exit 6").exit(), (How::Code, 6));
+    kill(Pid::from_raw(second), Signal::SIGKILL).unwrap();
+}
+
 #[test]
 fn there_are_no_more_sessions_than_there_may_be_and_others_still_end() {
     let guest = guest(ANY);
