@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::net::Machine;
-use crate::process::{Reaped, bound, output, wait_for};
+use crate::process::{Reaped, bound, limited, output, wait_for};
 use crate::systemd::Systemd;
 
 /// How long aditd may take to start.
@@ -389,7 +389,7 @@ impl Host {
     /// # Errors
     /// It cannot be started.
     pub fn adit(&self, args: &[&str]) -> anyhow::Result<Output> {
-        let mut command = Command::new(self.bins.join("adit"));
+        let mut command = limited(self.bins.join("adit"));
         command
             .args(args)
             .env("ADIT_SOCKET", self.run.join("aditd.sock"))

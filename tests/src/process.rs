@@ -13,6 +13,13 @@ pub fn bound(program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
+/// The same for one whose end is waited for: killed after two minutes, so that one that hangs is a test that fails.
+pub fn limited(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = bound("timeout");
+    command.args(["--signal=KILL", "120"]).arg(program);
+    command
+}
+
 /// A child process. Drop kills and reaps it.
 #[derive(Debug)]
 pub struct Reaped(pub Child);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::agent;
 use crate::host::Host;
-use crate::process::{Reaped, bound, wait_for};
+use crate::process::{Reaped, bound, limited, wait_for};
 
 /// How long something may take.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -100,7 +100,10 @@ impl Setup {
 
     /// `adit` with these arguments.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(self.bins.join("adit"));
+        self.set(Command::new(self.bins.join("adit")), args)
+    }
+
+    fn set(&self, mut command: Command, args: &[&str]) -> Command {
         command
             .args(args)
             .env("ADIT_SOCKET", self.socket())
@@ -118,7 +121,8 @@ impl Setup {
     /// Runs `adit`.
     #[allow(clippy::missing_panics_doc)]
     pub fn adit(&self, args: &[&str]) -> Output {
-        self.command(args).output().expect("adit runs")
+        let mut command = self.set(limited(self.bins.join("adit")), args);
+        command.output().expect("adit runs")
     }
 
     /// Starts `adit` with a pipe for its input.

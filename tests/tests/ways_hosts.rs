@@ -4,48 +4,22 @@
 #![allow(missing_docs)]
 
 mod echo;
+mod own;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use adit_api::token::sha256;
 use adit_tests::host::Host;
 use adit_tests::process::{Reaped, wait_for};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use echo::{ECHO, Echo};
-use rcgen::{CertificateParams, KeyPair};
+use own::{Own, listen, own};
 
 const SOON: Duration = Duration::from_secs(30);
 const ANYONE: &str = "to = [\"anyone\"]";
-
-/// A certificate in files, and the pin of its key.
-struct Own {
-    cert: PathBuf,
-    key: PathBuf,
-    pin: String,
-}
-
-fn own(dir: &Path, name: &str) -> Own {
-    let key = KeyPair::generate().unwrap();
-    let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-    let cert = params.self_signed(&key).unwrap().pem();
-    let digest = sha256(&rcgen::PublicKeyData::subject_public_key_info(&key));
-    let file = |end: &str, text: &str| {
-        let path = dir.join(format!("{name}.{end}"));
-        fs::write(&path, text).unwrap();
-        path
-    };
-    Own {
-        cert: file("crt", &cert),
-        key: file("key", &key.serialize_pem()),
-        pin: format!("sha256/{}", STANDARD.encode(digest)),
-    }
-}
 
 /// Changes a host's configuration, and starts it by that.
 fn restarted(host: &mut Host, change: impl FnOnce(String) -> String) {
@@ -60,14 +34,6 @@ fn restarted(host: &mut Host, change: impl FnOnce(String) -> String) {
 fn addresses(host: &Host) -> Vec<String> {
     let text = fs::read_to_string(host.dir().join("run/listen.addr")).unwrap();
     text.lines().map(str::to_owned).collect()
-}
-
-fn listen(own: &Own, more: &str) -> String {
-    format!(
-        "[[listen]]\naddress = \"127.0.0.1:0\"\ncert = \"{}\"\nkey = \"{}\"\n{more}",
-        own.cert.display(),
-        own.key.display()
-    )
 }
 
 fn head(client: &mut TcpStream) -> String {

@@ -129,6 +129,7 @@ const CHECKS: [Step; 12] = [
             [
                 "host",
                 "processes",
+                "remote",
                 "ways",
                 "ways_hosts",
                 "grants",

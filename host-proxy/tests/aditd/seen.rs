@@ -547,7 +547,7 @@ fn what_is_asked_on_a_management_listener_and_allowed_has_a_line_too() {
             allow("see", "a"),
             allow("task", "a"),
             allow("see", "*"),
-            ["deny", "token:ops", "own", "*"]
+            ["deny", "token:ops", "manage", "*"]
         ]
     );
     let place = lines[0]["reason"].as_str().unwrap();
