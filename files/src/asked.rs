@@ -3,7 +3,7 @@
 //! | off | size | field |
 //! |---|---|---|
 //! | 0 | 1 | version, 1 |
-//! | 1 | 1 | what: 1 read, 2 write, 3 list, 4 stat, 5 remove, 6 remove with all that is below |
+//! | 1 | 1 | what: 1 read, 2 write, 3 list, 4 stat, 5 remove, 6 remove with all that is below, 7 wait for it |
 //! | 2 | 1 | length of the user's name |
 //! | 3 | 2 | so many bytes of the path, from its beginning, are the directory that nothing may lead out of; 0: any |
 //! | 5 | .. | the user's name, then the path: absolute and plain, or below the user's home |
@@ -48,6 +48,8 @@ pub enum What {
         /// With all that is below.
         all: bool,
     },
+    /// When something is there.
+    Wait,
 }
 
 impl What {
@@ -100,6 +102,7 @@ impl Asked {
             What::Stat => 4,
             What::Remove { all: false } => 5,
             What::Remove { all: true } => 6,
+            What::Wait => 7,
         };
         let mut bytes = vec![VERSION, what, u8::try_from(self.user.len()).ok()?];
         bytes.extend(self.under.to_le_bytes());
@@ -124,6 +127,7 @@ impl Asked {
                 4 => What::Stat,
                 5 => What::Remove { all: false },
                 6 => What::Remove { all: true },
+                7 => What::Wait,
                 _ => return None,
             },
             path: std::str::from_utf8(path).ok()?.to_owned(),
@@ -165,6 +169,7 @@ mod tests {
                 asked(What::Remove { all: true }, "/a", 0),
                 b"\x01\x06\x03\x00\x00ops/a",
             ),
+            (asked(What::Wait, "/a", 0), b"\x01\x07\x03\x00\x00ops/a"),
         ] {
             assert_eq!(asked.encode().unwrap(), bytes);
             assert_eq!(Asked::parse(bytes), Some(asked));
@@ -203,7 +208,7 @@ mod tests {
         for bytes in [
             &b""[..],
             b"\x02\x01\x03\x00\x00ops/a",
-            b"\x01\x07\x03\x00\x00ops/a",
+            b"\x01\x08\x03\x00\x00ops/a",
             b"\x01\x01\x00\x00\x00/a",
             b"\x01\x01\x09\x00\x00ops/a",
             b"\x01\x01\x03\x00\x00op\xff/a",

@@ -5,7 +5,7 @@
 //! adit ── Begin ──► guest: is it this user's, beneath what the policy and the grant name? ── Ready
 //!   write: adit is the sender      send(Source) ══ Entry · Data* · End · … ══► receive(Target)      guest is the receiver
 //!   read:  guest is the sender     send(Source) ══ the same ══════════════════► receive(Target)     adit is the receiver
-//!   list, stat, remove: ◄ Rows* · Done
+//!   list, stat, remove, wait: ◄ Rows* · Done
 //! ```
 //! Both sides use the same code, so neither can be led out of its target by the other, whoever lies (R122).
 //!
@@ -14,7 +14,7 @@
 //! | `asked` | the arguments of a hello: as whom, what, where, and beneath which directory |
 //! | `wire` | messages; names that may be in them |
 //! | `incoming`, `outgoing` | what a receiver takes of a sender, and a sender of a receiver: without IO |
-//! | `tree` | the IO: a directory that nothing leads out of, sources, targets, lists |
+//! | `tree` | the IO: a directory that nothing leads out of, sources, targets, lists, waiting |
 //!
 //! What it never does: decide who may, or start anything.
 #![forbid(unsafe_code)]

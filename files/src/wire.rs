@@ -4,7 +4,7 @@
 //! write:  Begin ► ◄ Ready   Entry · Data* · End · Entry · … · All ►           ◄ Skipped* · Totals
 //! read:   Begin ► ◄ Ready   ◄ Entry · Data* · End · Skipped* · … · All        Totals ►
 //! either, gone on with:     Entry of a file ► ◄ Have · From ► Data* · End
-//! list, stat, remove:       ◄ Row* · Done
+//! list, stat, remove, wait: ◄ Row* · Done
 //! any:                      Refused from either, and the stream ends
 //! ```
 //! Message frames ([`adit_channel::frame`]), (kind, version 1):

@@ -1,8 +1,8 @@
-//! The process of a copy, a list or a removal, as the fork server makes it. It becomes the user that was asked for before it touches a path, and then
+//! The process of a copy, a list, a removal or a wait, as the fork server makes it. It becomes the user that was asked for before it touches a path, and then
 //! the kernel decides what may be read and written; and it never leads out of the directory that it was told.
 //!
 //! ```text
-//! agent: hello, policy ── spawns, gives it the stream ──▶ this: setuid ─▶ Root ─▶ send | receive | list | remove
+//! agent: hello, policy ── spawns, gives it the stream ──▶ this: setuid ─▶ Root ─▶ send | receive | list | remove | wait
 //! ```
 
 use std::io::{self, Read};
@@ -106,6 +106,13 @@ fn serve(spec: &Spec, stream: &mut Stream) -> Result<(), Fault> {
             let row = tree::stat(&root, path)?;
             stream.say(&Message::Rows(vec![row]))?;
             stream.say(&Message::Done)?;
+        }
+        What::Wait => {
+            // The end of the stream is all that is to be said to one who has gone.
+            if let Some(row) = tree::wait(&root, path, stream)? {
+                stream.say(&Message::Rows(vec![row]))?;
+                stream.say(&Message::Done)?;
+            }
         }
         What::Remove { all } => {
             tree::remove(&root, path, all)?;

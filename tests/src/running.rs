@@ -41,7 +41,7 @@ pub struct Setup {
     pub host: Host,
     /// Where its programs are.
     pub bins: PathBuf,
-    _agent: Reaped,
+    agent: Reaped,
     _run: tempfile::TempDir,
 }
 
@@ -88,7 +88,7 @@ impl Setup {
         let setup = Self {
             host,
             bins,
-            _agent: Reaped(agent),
+            agent: Reaped(agent),
             _run: run,
         };
         wait_for("the ring carries", LIMIT, || {
@@ -131,6 +131,11 @@ impl Setup {
         let mut command = self.command(args);
         command.stdin(Stdio::piped());
         command.spawn().expect("adit starts")
+    }
+
+    /// Number of the agent's process.
+    pub fn agent(&self) -> u32 {
+        self.agent.pid()
     }
 
     /// Number of the VM's port process.

@@ -10,7 +10,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Output;
 
-use adit_tests::running::Setup;
+use adit_tests::process::{Reaped, wait_for};
+use adit_tests::running::{LIMIT, Setup};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -83,6 +84,23 @@ fn of_guest(dir: &Path) -> Pid {
             .parse()
             .unwrap(),
     )
+}
+
+/// How many copies and waits this agent has.
+fn copies(agent: u32) -> usize {
+    let is = |process: &Path| {
+        let read = |name: &str| fs::read_to_string(process.join(name)).unwrap_or_default();
+        let of = |stat: &str| stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok();
+        let above = |pid: u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            of(&stat).unwrap_or(0)
+        };
+        // The fork server is between.
+        read("comm") == "adit-copy\n"
+            && of(&read("stat")).is_some_and(|parent: u32| above(parent) == agent)
+    };
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    all.filter(|entry| is(&entry.path())).count()
 }
 
 fn text(at: &Path) -> &str {
@@ -350,4 +368,51 @@ fn r121_whoever_reads_no_more_is_waited_for_and_one_who_goes_leaves_nothing() {
         },
     )
     .unwrap();
+}
+
+/// A file is waited for without asking again and again; whoever may not read there hears that at once.
+#[test]
+fn a_file_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().canonicalize().unwrap();
+    let policy = format!(
+        "default = \"deny\"\n[[exec]]\nallow = \"host\"\nusers = \"any\"\ncommands = \"any\"\n\
+         [[files]]\nallow = \"host\"\nusers = \"any\"\nread = [\"{}\"]\n",
+        at.display()
+    );
+    let Some(setup) = Setup::start(&policy, "").unwrap() else {
+        return;
+    };
+    let user = user();
+    let waits = |path: &Path, timeout: &str| {
+        let condition = format!("file:{}", path.display());
+        let of = ["--user", &user, "--timeout", timeout];
+        let mut command = setup.command(&[&["wait", "a", "--for", &condition], &of[..]].concat());
+        Reaped(command.spawn().unwrap())
+    };
+    let processes = |n: usize| {
+        wait_for(&format!("{n} processes that wait"), LIMIT, || {
+            Ok((copies(setup.agent()) == n).then_some(()))
+        })
+        .unwrap();
+    };
+    let ready = at.join("sub/ready");
+    let mut one = waits(&ready, "30s");
+    let mut another = waits(&ready, "30s");
+    processes(2);
+    another.kill().unwrap();
+    processes(1);
+    fs::create_dir(at.join("sub")).unwrap();
+    fs::write(&ready, "here").unwrap();
+    assert_eq!(one.0.wait().unwrap().code(), Some(0));
+    // It is there; it never comes; it may not be looked for.
+    for (path, timeout, status) in [
+        (ready.as_path(), "30s", 0),
+        (&at.join("never"), "300ms", 124),
+        (Path::new("/etc/passwd"), "30s", 125),
+    ] {
+        let mut waits = waits(path, timeout);
+        assert_eq!(waits.0.wait().unwrap().code(), Some(status), "{path:?}");
+    }
+    processes(0);
 }

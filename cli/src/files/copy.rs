@@ -242,7 +242,7 @@ async fn attempt(
     })?;
     let to = (way.there.vm.as_str(), cp.user.as_str());
     let stream = link::open(client, to, (way.what, &way.there.path));
-    let stream = stream.await.map_err(not_begun)?;
+    let (stream, _) = stream.await.map_err(not_begun)?;
     let (begin, progress) = (begin.clone(), progress.clone());
     let done = tokio::task::spawn_blocking(move || end.carry(stream, &begin, &progress));
     let (place, done) = match done.await {

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use adit_files::tree::{Fault, Stream};
 use adit_files::{Asked, What, refusal};
 use tokio::io::copy_bidirectional_with_sizes;
+use tokio::task::AbortHandle;
 
 use super::place::Remote;
 use crate::client::Client;
@@ -16,12 +17,12 @@ const PROTOCOL: &str = "adit-files";
 /// Bytes that are moved at once.
 const PIECE: usize = 256 << 10;
 
-/// Opens a stream to a VM's service `files`.
+/// Opens a stream to a VM's service `files`. It ends when the task that pumps it is aborted.
 pub(super) async fn open(
     client: &Client,
     (vm, user): (&str, &str),
     (what, path): (What, &str),
-) -> Result<Stream, Failure> {
+) -> Result<(Stream, AbortHandle), Failure> {
     let asked = Asked {
         user: user.to_owned(),
         what,
@@ -43,6 +44,7 @@ pub(super) async fn open(
             What::Stat => "stat",
             What::Remove { all: false } => "remove",
             What::Remove { all: true } => "remove-all",
+            What::Wait => "wait",
         },
     );
     query.append_pair("path", path);
@@ -52,11 +54,12 @@ pub(super) async fn open(
     let (ours, theirs) = UnixStream::pair().map_err(local)?;
     theirs.set_nonblocking(true).map_err(local)?;
     let mut theirs = tokio::net::UnixStream::from_std(theirs).map_err(local)?;
-    tokio::spawn(async move {
+    let pump = tokio::spawn(async move {
         // An end that is no order is one for the other side of the pair, too.
         let _ = copy_bidirectional_with_sizes(&mut io, &mut theirs, PIECE, PIECE).await;
     });
-    Stream::new(ours.into()).map_err(local)
+    let stream = Stream::new(ours.into()).map_err(local)?;
+    Ok((stream, pump.abort_handle()))
 }
 
 /// What a place is called in messages.

@@ -1,4 +1,4 @@
-//! `adit cp`, `ls`, `stat` and `rm`: files of a VM.
+//! `adit cp`, `ls`, `stat` and `rm`, and what `adit wait` needs of a guest's files.
 //!
 //! `place` reads `VM:PATH`, `link` has the connection, `copy` a copy with all its attempts, `progress` what is shown of it.
 
@@ -13,6 +13,7 @@ use adit_files::{Message, Row, What};
 use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
+use tokio::task::AbortHandle;
 
 use crate::client::Client;
 use crate::error::Failure;
@@ -141,9 +142,19 @@ impl Shown {
 
 const HEADING: [&str; 6] = ["TYPE", "MODE", "OWNER", "SIZE", "MODIFIED", "NAME"];
 
+/// Ends what waits on a stream when nobody waits for that any more.
+struct Ends(AbortHandle);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 async fn asked(client: &Client, user: &str, place: &str, what: What) -> Result<Vec<Row>, Failure> {
     let Remote { vm, path, .. } = Remote::parse(place)?;
-    let stream = link::open(client, (&vm, user), (what, &path)).await?;
+    let (stream, pump) = link::open(client, (&vm, user), (what, &path)).await?;
+    let _ends = Ends(pump);
     let heard = tokio::task::spawn_blocking(move || {
         let mut stream = stream;
         let mut rows = Vec::new();
@@ -200,6 +211,12 @@ pub async fn stat(stat: &Stat, client: &Client, format: Format) -> Result<(), Fa
         Format::Json => output::json(&row),
         Format::Table => output::table(HEADING, &[row.cells()]),
     }
+}
+
+/// Waits until something is at a path of a VM.
+pub async fn wait(client: &Client, vm: &str, user: &str, path: &str) -> Result<(), Failure> {
+    let place = format!("{vm}:{path}");
+    asked(client, user, &place, What::Wait).await.map(drop)
 }
 
 /// Removes.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, ErrorKind, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::Shutdown;
@@ -154,6 +154,14 @@ impl Stream {
         self.to.flush().map_err(Fault::Cut)
     }
 
+    /// Whether the other side says nothing any more. It waits for that to be known.
+    pub(super) fn is_at_end(&self) -> bool {
+        let mut byte = [0];
+        let flags = rustix::net::RecvFlags::PEEK;
+        let got = rustix::net::recv(self.to.get_ref(), &mut byte, flags);
+        !matches!(got, Ok((_, n)) if n > 0)
+    }
+
     /// Waits for the next thing that the other side says.
     ///
     /// # Errors
@@ -179,6 +187,12 @@ impl Stream {
                 _ => return,
             }
         }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.to.get_ref().as_fd()
     }
 }
 

@@ -50,6 +50,8 @@ pub(super) enum Do {
     Remove,
     /// A file, or a directory with all that is below, is removed.
     RemoveAll,
+    /// It is shown when something is there.
+    Wait,
 }
 
 impl Ask {
@@ -61,6 +63,7 @@ impl Ask {
             Do::Stat => What::Stat,
             Do::Remove => What::Remove { all: false },
             Do::RemoveAll => What::Remove { all: true },
+            Do::Wait => What::Wait,
         };
         let asked = Asked {
             user: self.user,
@@ -79,6 +82,7 @@ fn shown(asked: &Asked) -> String {
         What::List => "list",
         What::Stat => "stat",
         What::Remove { .. } => "remove",
+        What::Wait => "wait",
     };
     let text = format!("{what} {}", asked.path);
     adit_names::escape(&text).at_most(160).to_string()
