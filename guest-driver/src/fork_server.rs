@@ -112,7 +112,7 @@ impl ForkServer {
             cwd: CString::new("/").map_err(io::Error::other)?,
             inherited: protect::inherited(),
             tty: false,
-            dies_with_parent: false,
+            dies_with: None,
         };
         // One that was stopped must not hold whoever comes next.
         sockopt::set_socket_timeout(&ours, sockopt::Timeout::Recv, Some(ANSWER_LIMIT))?;

@@ -56,8 +56,8 @@ pub struct ChildSetup {
     pub inherited: Inherited,
     /// Its standard input is a terminal, which is to be its own.
     pub tty: bool,
-    /// It is killed when the thread that starts it ends.
-    pub dies_with_parent: bool,
+    /// It is killed when the thread that starts it ends, which is one of this process.
+    pub dies_with: Option<Pid>,
 }
 
 /// Starts a program in its own session with default signals, umask 022, no inherited descriptors and the given user.
@@ -88,9 +88,13 @@ fn enter(setup: &ChildSetup) -> io::Result<()> {
     if setup.tty {
         rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
     }
-    if setup.dies_with_parent {
+    if let Some(parent) = setup.dies_with {
         // Behind the change of the user, which would undo it.
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        if nix::unistd::getppid() != parent {
+            // It has ended already, and of that nobody is told.
+            return Err(Errno::ESRCH.into());
+        }
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::Context;
 use sha2::{Digest, Sha256};
 
-use crate::guest::{Accel, Guest, emulated_cpu};
+use crate::guest::{Accel, Guest, ONE_CPU, emulated_cpu};
 use crate::image::Kernel;
 use crate::process::output;
 
@@ -186,7 +186,7 @@ fn qemu(vhost_socket: &Path, disk: &Path, more: &str, dir: &Path) -> Vec<String>
     let (dir, memory) = (dir.display(), format!("{MEMORY_MIB}M"));
     // As in docs/operate.md.
     let text = format!(
-        "-M q35 -accel {accel} -cpu {cpu} -smp 1 -m {memory} -nodefaults -no-user-config -display none \
+        "-M q35 -accel {accel} -cpu {cpu} -smp {ONE_CPU} -m {memory} -nodefaults -no-user-config -display none \
          -object memory-backend-memfd,id=ram,size={memory},share=on -machine memory-backend=ram \
          -chardev socket,id=vu,path={vhost} -device vhost-user-vsock-pci,chardev=vu \
          -drive if=none,id=disk,format=qcow2,cache=unsafe,file={disk} -device virtio-blk-pci,drive=disk {more} \

@@ -366,6 +366,10 @@ pub(crate) fn emulated_cpu() -> String {
     std::env::var(CPU).unwrap_or_else(|_| "max".to_owned())
 }
 
+/// One processor, which knows that there could be another: where there cannot, QEMU before 8.1 leaves memory barriers out of what it
+/// translates, and the devices' processes are others for which the guest's kernel has them.
+pub(crate) const ONE_CPU: &str = "1,maxcpus=2";
+
 /// Kernel parameters with the TSC's frequency. Without a PIT the kernel sometimes hangs when it measures the TSC against an
 /// emulated timer.
 pub(crate) fn tsc_arguments() -> String {
@@ -418,7 +422,7 @@ fn qemu_args(
         "-cpu",
         &cpu,
         "-smp",
-        "1",
+        ONE_CPU,
         "-m",
         &memory,
         "-nodefaults",

@@ -107,7 +107,8 @@ mod tests {
         let row = told.recv_timeout(LONG).unwrap().unwrap().unwrap();
         assert_eq!((row.kind, row.size), ('-', 1));
         // It is made; its directories are made; all of it is moved there; a directory above is swapped for another one.
-        let steps: [(&str, fn(&Path)); 4] = [
+        type Step = (&'static str, fn(&Path));
+        let steps: [Step; 4] = [
             ("a/made", |at| fs::write(at.join("a/made"), "").unwrap()),
             ("b/c/d/e", |at| {
                 fs::create_dir_all(at.join("b/c/d")).unwrap();

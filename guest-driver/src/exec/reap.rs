@@ -11,7 +11,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::process::{Child, Command, ExitStatus};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,6 +32,9 @@ const STACK_BYTES: usize = 128 * 1024;
 /// How long a start that is under way may keep the agent from ending.
 const START_LIMIT: Duration = Duration::from_secs(3);
 
+/// How often one that takes too long is killed again: it may not have been there yet.
+const AGAIN: Duration = Duration::from_millis(100);
+
 /// The children that somebody waits for.
 struct Children {
     /// Their pids.
@@ -46,6 +50,9 @@ static CHILDREN: Mutex<Children> = Mutex::new(Children {
 
 /// Children that are being started.
 static STARTING: AtomicUsize = AtomicUsize::new(0);
+
+/// Somebody wants to have looked for children that have ended.
+static LOOK: AtomicBool = AtomicBool::new(false);
 
 fn children() -> MutexGuard<'static, Children> {
     CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -87,6 +94,31 @@ pub fn spawn(start: impl FnOnce() -> io::Result<Child>) -> io::Result<(Child, Cl
     started
 }
 
+/// The same for a start that may take no longer than this, and ends with its child's death then: what is between a fork and a program
+/// may be a working directory that does not answer.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_within(
+    limit: Duration,
+    start: impl FnOnce() -> io::Result<Child>,
+) -> io::Result<(Child, Claim)> {
+    let (done, is_done) = channel::<()>();
+    thread::scope(|scope| {
+        let watch = thread::Builder::new().name("start".into());
+        watch.stack_size(STACK_BYTES).spawn_scoped(scope, move || {
+            let mut limit = limit;
+            while is_done.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                kill_unstarted();
+                limit = AGAIN;
+            }
+        })?;
+        let started = spawn(start);
+        drop(done);
+        started
+    })
+}
+
 /// No child starts while this lives.
 #[derive(Debug)]
 pub struct Closed(());
@@ -94,6 +126,7 @@ pub struct Closed(());
 impl Drop for Closed {
     fn drop(&mut self) {
         children().closed = false;
+        orphans();
     }
 }
 
@@ -111,14 +144,18 @@ pub fn close() -> Closed {
             }
             Err(TryLockError::WouldBlock) => kill_unstarted(),
         }
+        orphans();
         return Closed(());
     }
 }
 
-/// Kills the children that have not reached their program yet: they still run ours.
+/// Kills the children that have not reached their program yet: they still run ours, with our arguments, which the fork server has not.
 fn kill_unstarted() {
     let me = std::process::id() as i32;
-    let program = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let program = |pid: i32| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).ok();
+        (fs::read_link(format!("/proc/{pid}/exe")).ok(), arguments)
+    };
     let ours = program(me);
     let table = proc::table();
     let unstarted = table
@@ -138,14 +175,23 @@ pub fn status(command: &mut Command) -> io::Result<ExitStatus> {
 
 /// Waits for every child that has ended and is not claimed.
 ///
-/// Does nothing while a child is being started, which may take long (a working directory that does not answer): whoever
-/// starts it calls this afterwards.
+/// Never waits: while a child is being started, which may take long (a working directory that does not answer), whoever starts it calls
+/// this afterwards; and whoever looks already looks once more.
 pub fn orphans() {
-    if STARTING.load(Ordering::SeqCst) > 0 {
-        return;
+    LOOK.store(true, Ordering::SeqCst);
+    while STARTING.load(Ordering::SeqCst) == 0 && LOOK.load(Ordering::SeqCst) {
+        let children = match CHILDREN.try_lock() {
+            Ok(children) => children,
+            Err(TryLockError::Poisoned(e)) => e.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        LOOK.store(false, Ordering::SeqCst);
+        look(&children.claimed);
     }
-    let children = children();
-    let claimed = &children.claimed;
+}
+
+/// Waits for those that have ended and are not claimed.
+fn look(claimed: &BTreeSet<i32>) {
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     loop {
         match waitid(Id::All, look).map(|status| status.pid()) {
@@ -214,8 +260,6 @@ pub fn start(reload: impl Fn() + Send + 'static) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::channel;
-
     use super::*;
     use crate::exec::alone;
 
@@ -231,6 +275,23 @@ mod tests {
         assert!(started.is_err() && !forked);
         drop(closed);
         assert!(status(&mut Command::new("true")).unwrap().success());
+    }
+
+    #[test]
+    fn whoever_looks_for_ended_children_waits_for_no_start() {
+        let _alone = alone();
+        let before = children();
+        // As a start that begins just after it was seen that there is none.
+        let (looked, has_looked) = channel();
+        thread::spawn(move || {
+            orphans();
+            looked.send(()).unwrap();
+        });
+        has_looked.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert!(LOOK.load(Ordering::SeqCst));
+        drop(before);
+        orphans();
+        assert!(!LOOK.load(Ordering::SeqCst));
     }
 
     #[test]

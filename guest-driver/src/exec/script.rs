@@ -99,13 +99,18 @@ fn run_for(script: &Script, task: &str, place: &Dirs, timeout: Duration) -> Exec
     }
     let tree = Tree::new(task, place.cgroups.as_deref());
     let text = place.dir.join(format!("{task}.script"));
-    let (pid, executed) = match start(script, task, &text, &tree) {
+    // A start that takes too long has the step's time, too.
+    let deadline = Instant::now() + timeout;
+    let (pid, executed) = match start(script, task, (&text, timeout), &tree) {
         Ok(child) => {
             // Whoever came before it was there has not found it.
             if running().current.as_ref().is_some_and(|c| c.is_to_end) {
                 tree.kill(child.pid);
             }
-            (child.pid, supervise(child, script, timeout, &tree))
+            (
+                child.pid,
+                supervise(child, script, (timeout, deadline), &tree),
+            )
         }
         Err(why) => (0, Executed::failed(why)),
     };
@@ -189,7 +194,12 @@ struct Running {
     err: Pipe,
 }
 
-fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Running, String> {
+fn start(
+    script: &Script,
+    task: &str,
+    (text, limit): (&Path, Duration),
+    tree: &Tree,
+) -> Result<Running, String> {
     let user =
         User::from_name(&script.run_as).map_err(|e| format!("user {:?}: {e}", script.run_as))?;
     let user = user.ok_or_else(|| format!("user {:?} is not in /etc/passwd", script.run_as))?;
@@ -208,7 +218,7 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
         cwd: CString::new(script.cwd.as_str()).map_err(|_| "cwd has a NUL byte".to_owned())?,
         inherited: protect::inherited(),
         tty: false,
-        dies_with_parent: false,
+        dies_with: None,
     };
     let mut command = Command::new(&script.interpreter);
     command.arg(text).args(&script.args).env_clear();
@@ -221,7 +231,7 @@ fn start(script: &Script, task: &str, text: &Path, tree: &Tree) -> Result<Runnin
     let pipe = || output_pipe(&user).map_err(|e| format!("cannot make a pipe: {e}"));
     let ([out, to_out], [err, to_err]) = (pipe()?, pipe()?);
     command.stdin(Stdio::null()).stdout(to_out).stderr(to_err);
-    let child = reap::spawn(|| sys::spawn(&mut command, setup));
+    let child = reap::spawn_within(limit, || sys::spawn(&mut command, setup));
     let child = child.map_err(|e| explain(script, &e))?;
     crash::at(Point::Spawned);
     Running::new(child, [out, err], script.output_cap as usize)
@@ -399,9 +409,14 @@ impl Pipe {
     }
 }
 
-fn supervise(mut child: Running, script: &Script, timeout: Duration, tree: &Tree) -> Executed {
+fn supervise(
+    mut child: Running,
+    script: &Script,
+    (timeout, deadline): (Duration, Instant),
+    tree: &Tree,
+) -> Executed {
     let mut buf = vec![0; 64 * 1024];
-    let in_time = child.until_end(Instant::now() + timeout, &mut buf);
+    let in_time = child.until_end(deadline, &mut buf);
     let clean = if in_time {
         tree.end_session(child.pid)
     } else {

@@ -170,7 +170,7 @@ impl Child {
             // The agent has given it back to this process.
             inherited: Inherited::default(),
             tty: ends.tty.is_some(),
-            dies_with_parent: true,
+            dies_with: Some(nix::unistd::getpid()),
         };
         let mut command = Command::new(&spec.program);
         let mut argv = open.argv.iter().map(|text| OsStr::from_bytes(text));

@@ -3,6 +3,13 @@
 b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
+# The kernel measures its only timer in a tenth of a second, and does without one if the host had no time for QEMU just then. Nothing that
+# waits for a time, or for all processors to have been elsewhere (as a move into a cgroup does), ever ends then, and no reboot either.
+if [ -z "$($b cat /sys/devices/system/clockevents/clockevent0/current_device)" ]; then
+    echo ADIT-NO-TIMER
+    $b sync
+    echo b > /proc/sysrq-trigger
+fi
 $b mount -t securityfs security /sys/kernel/security
 $b mount -t devtmpfs dev /dev
 $b mount -t tmpfs run /run

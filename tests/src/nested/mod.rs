@@ -15,7 +15,7 @@ use anyhow::{Context, bail};
 
 use self::emulator::Processor;
 pub use self::served::Served;
-use crate::guest::{Identity, overlay, tsc_arguments};
+use crate::guest::{Identity, ONE_CPU, overlay, tsc_arguments};
 use crate::image::Image;
 use crate::process::{Reaped, bound, output, wait_for};
 use crate::sshd;
@@ -124,7 +124,8 @@ pub fn here(
 #[derive(Debug)]
 pub struct Nested {
     qemu: Reaped,
-    _processor: Processor,
+    image: Image,
+    processor: Processor,
     dir: PathBuf,
 }
 
@@ -174,7 +175,8 @@ impl Nested {
         let qemu = start(image, &initrd, &processor, dir)?;
         Ok(Self {
             qemu,
-            _processor: processor,
+            image: image.clone(),
+            processor,
             dir: dir.to_owned(),
         })
     }
@@ -259,6 +261,7 @@ impl Nested {
     ) -> anyhow::Result<()> {
         let mut shown = 0;
         let (dir, qemu) = (self.dir.clone(), &mut self.qemu);
+        let again = || start(&self.image, &dir.join("initrd"), &self.processor, &dir);
         let said = wait_for(marker, limit, || {
             let log = serial(&dir);
             // Only complete lines.
@@ -275,6 +278,12 @@ impl Nested {
                 return Ok(Some(()));
             }
             match qemu.0.try_wait()? {
+                // Guest's init says why.
+                Some(_) if log.contains("ADIT-NO-TIMER") => {
+                    *qemu = again()?;
+                    shown = 0;
+                    Ok(None)
+                }
                 Some(status) => bail!("QEMU ended: {status}"),
                 None => Ok(None),
             }
@@ -318,7 +327,7 @@ fn start(
         // Always emulated, so the result is the same on every machine and needs nothing of the host. Without erms and fsrm, because
         // QEMU emulates string moves a byte at a time.
         .args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,-erms,-fsrm"])
-        .args(["-smp", "1", "-m", &format!("{MEMORY_MIB}M")])
+        .args(["-smp", ONE_CPU, "-m", &format!("{MEMORY_MIB}M")])
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-no-reboot", "-M", "microvm"])
         .args([

@@ -1,6 +1,8 @@
 //! A guest whose clock is wrong: an early goal is held, `adit vm show` says why, and a guest may take the host's time.
 
-use adit_tests::image::Kernel;
+use adit_tests::guest::{Carried, Guest, Identity};
+use adit_tests::host::Host;
+use adit_tests::image::{Image, Kernel};
 use adit_tests::process::wait_for;
 use serde_json::Value;
 
@@ -80,4 +82,32 @@ fn an_early_goal_is_held_until_the_clock_is_right_6_1() {
 #[test]
 fn an_early_goal_is_held_until_the_clock_is_right_6_12() {
     off(Kernel::V6_12);
+}
+
+/// Of the guests of these tests: one whose kernel has given up its only timer, as a busy host makes it do now and then, would look well and
+/// run nothing to its end. It boots again until it has one.
+#[test]
+fn a_guest_without_a_timer_boots_again() {
+    let Some(bins) = crate::bins() else { return };
+    let host = Host::start(&bins, &["web-1"]).unwrap();
+    host.wait_port("web-1").unwrap();
+    let image = Image::build(Kernel::V6_1, &|what| println!("{what}")).unwrap();
+    let socket = host.vhost_socket("web-1");
+    let who = Identity {
+        name: "web-1",
+        vhost_socket: &socket,
+        agent: None,
+        trust: None,
+        script: "",
+        boot_files: false,
+    };
+    // A card is the one thing that a guest's command line gets.
+    let never = Carried::CommandLine("none nolapic_timer");
+    let mut guest = Guest::boot_by_card(&image, &who, never, &host.dir().join("web-1")).unwrap();
+    guest
+        .wait_serial("it boots again", BOOT, |log| {
+            log.matches("ADIT-NO-TIMER").count() >= 2
+        })
+        .unwrap();
+    assert!(!guest.serial().contains("ADIT-READY"));
 }

@@ -34,7 +34,7 @@ steps:
 const COUNT: &str = "\
 steps:
   - id: count
-    script: {interpreter: /bin/sh, script: \"echo x >> /var/lib/ran; sync; cat /var/lib/ran\"}
+    script: {interpreter: /bin/sh, script: \"echo x >> /var/lib/ran; sync; cat /var/lib/ran\", timeout_s: 20}
 ";
 
 struct Fleet {

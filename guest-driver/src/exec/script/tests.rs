@@ -353,3 +353,55 @@ fn background_jobs_end_with_their_script() {
     );
     assert_eq!((got.outcome, living("9503")), (Outcome::Done, 0));
 }
+
+/// A file system of a process that never answers.
+struct Silent {
+    at: tempfile::TempDir,
+    _fuse: File,
+}
+
+impl Silent {
+    fn new() -> Option<Self> {
+        let fuse = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .ok()?;
+        let at = tempfile::tempdir().unwrap();
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0",
+            std::os::fd::AsRawFd::as_raw_fd(&fuse)
+        );
+        let flags = nix::mount::MsFlags::empty();
+        let mounted = nix::mount::mount(
+            Some("silent"),
+            at.path(),
+            Some("fuse"),
+            flags,
+            Some(&*options),
+        );
+        mounted.ok().map(|()| Self { at, _fuse: fuse })
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.at.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_directory_that_does_not_answer_has_the_steps_time_and_no_more() {
+    let _alone = alone();
+    let Some(silent) = Silent::new() else {
+        println!("skipped: it takes root and /dev/fuse");
+        return;
+    };
+    let mut script = script("true");
+    script.cwd = silent.at.path().join("below").display().to_string();
+    let got = exec(&script, "silent", None, 500);
+    assert_eq!(got.outcome, Outcome::TimedOut, "{}", got.reason);
+    // The next one is as ever.
+    let got = exec(&self::script("echo next"), "next", None, 30_000);
+    assert_eq!(text(&got.stdout), "next\n");
+}
