@@ -40,7 +40,7 @@ use crate::serve::Identity;
 use crate::transport::Transport;
 use crate::trust::Anchors;
 use crate::upgrade::{Upgrade, program};
-use crate::{facts, log};
+use crate::{entropy, facts, log};
 
 /// How long the host may take to answer the hello, and to read our bytes meanwhile.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
@@ -72,6 +72,10 @@ pub struct Client {
     told: Option<(wire::Enrolment, wire::Program, Facts)>,
     /// The clock message that the host has not answered, and when it was sent.
     clock_asked: Option<(u32, Instant)>,
+    /// The host's time that it answered with last, and when; also on a stream before.
+    host_time: Option<(u64, Instant)>,
+    /// What the host sent on this stream is mixed into the guest's random numbers.
+    seeded: bool,
     last_id: u32,
 }
 
@@ -98,6 +102,8 @@ impl Client {
             trusts: 0,
             told: None,
             clock_asked: None,
+            host_time: None,
+            seeded: false,
             last_id: 0,
         }
     }
@@ -166,7 +172,7 @@ impl Client {
             Hello::Accept(accept) => {
                 self.identity.saw(&accept.common);
                 self.features = accept.common.features & (wire::FEATURES | wire::KEY);
-                (self.trusts, self.told) = (0, None);
+                (self.trusts, self.told, self.seeded) = (0, None, false);
                 self.given = Given::new(self.features & wire::WINDOW != 0);
                 conn.set_timeout(None)?;
                 Ok(conn)
@@ -377,7 +383,14 @@ impl Client {
     fn on_unsolicited(&mut self, conn: &Conn, header: &Header, body: &[u8]) -> io::Result<()> {
         let is = |kind: WireKind| header.kind == kind as u16 && header.version == VERSION;
         if is(WireKind::HostClock) {
-            self.on_host_clock(header, body)
+            self.on_host_clock(conn, header, body)
+        } else if is(WireKind::Seed) && self.features & wire::SEED != 0 {
+            let wire::Seed { bytes } = decode(header, body)?;
+            match entropy::mix(&bytes) {
+                Ok(()) => self.seeded = true,
+                Err(e) => log::event("seed-not-mixed", &[("error", &e)]),
+            }
+            Ok(())
         } else if is(WireKind::Trust) && self.features & wire::TRUST != 0 {
             self.on_trust(conn, header, body)
         } else {

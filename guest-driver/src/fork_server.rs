@@ -1,4 +1,4 @@
-//! The fork server: one process with one thread, of which a session process, or the process of a copy, is made by a fork alone.
+//! The fork server: one process with one thread, of which a session process, the process of a copy, or the one that freezes, is made by a fork alone.
 //!
 //! ```text
 //! agent ── SEQPACKET: which, with the stream and a pipe ──► fork server ── fork ──► session::run, or copy::run
@@ -24,7 +24,7 @@ use rustix::net::{
 };
 
 use crate::exec::{cgroup, reap, sessions};
-use crate::{copy, protect, session, sys};
+use crate::{copy, freeze, protect, session, sys};
 
 /// Name of the hidden command.
 pub const COMMAND: &str = "fork-server";
@@ -39,6 +39,8 @@ pub enum Becomes {
     Session = 1,
     /// That of a copy, a list or a removal.
     Copy = 2,
+    /// The one that freezes file systems.
+    Freezer = 3,
 }
 
 /// The agent's end.
@@ -183,6 +185,7 @@ pub fn serve() -> io::Result<()> {
             let (name, run): (_, fn() -> io::Result<()>) = match becomes {
                 Becomes::Session => (c"adit-session", session::run),
                 Becomes::Copy => (c"adit-copy", copy::run),
+                Becomes::Freezer => (c"adit-freezer", freeze::run),
             };
             // For people who look at processes.
             let _ = nix::sys::prctl::set_name(name);
@@ -217,7 +220,7 @@ fn receive(line: &OwnedFd) -> io::Result<Option<(Becomes, [OwnedFd; 2])>> {
         _ => None,
     });
     let fds: Vec<OwnedFd> = fds.flatten().collect();
-    let becomes = [Becomes::Session, Becomes::Copy];
+    let becomes = [Becomes::Session, Becomes::Copy, Becomes::Freezer];
     let becomes = becomes.into_iter().find(|one| *one as u8 == byte[0]);
     match (becomes, fds.try_into()) {
         (Some(becomes), Ok(fds)) => Ok(Some((becomes, fds))),

@@ -10,12 +10,14 @@ use crate::client::Client;
 use crate::config::{Config, ConfigError};
 use crate::exec::{cgroup, reap};
 use crate::fork_server::ForkServer;
+use crate::freeze::Freezer;
 use crate::live::Live;
 use crate::ring::Link;
 use crate::runner::Runner;
 use crate::serve::agent::Agent;
 use crate::serve::exec::Exec;
 use crate::serve::files::Files;
+use crate::serve::freeze::Freeze;
 use crate::serve::{Admission, Identity, Server, blob};
 use crate::transport::Transport;
 use crate::upgrade::{Begun, Upgrade};
@@ -91,7 +93,8 @@ pub fn run(
     let forks = Arc::new(ForkServer::of("/proc/self/exe".as_ref()));
     let exec = Exec::new(forks.clone(), live.clone());
     server.runs(exec.map_err(system("make the directory of sessions usable"))?);
-    server.copies(Files::new(forks));
+    server.copies(Files::new(forks.clone()));
+    server.freezes(Freeze::new(Freezer::new(forks, &run_dir)));
     server.govern(live.policy());
     let hup = (live.clone(), server.clone());
     reap::start(move || reload(&hup.0, &hup.1))

@@ -195,6 +195,45 @@ pub fn spawn_in(
     }
 }
 
+/// Has the kernel's generator of random numbers begin anew with what is in its pool.
+///
+/// # Errors
+/// This process may not; or there is not enough in the pool yet.
+pub fn reseed(random: &std::fs::File) -> io::Result<()> {
+    /// `RNDRESEEDCRNG` of linux/random.h, Linux 4.14.
+    const RESEED: libc::c_int = 0x5207;
+    // SAFETY: the descriptor is live for the call, which takes no argument.
+    let done = unsafe { libc::ioctl(random.as_raw_fd(), RESEED as _) };
+    Ok(Errno::result(done).map(drop)?)
+}
+
+/// Has a file system take no more writes: whoever writes waits.
+///
+/// # Errors
+/// It cannot, or somebody has done so already.
+pub fn freeze(root: &std::fs::File) -> io::Result<()> {
+    /// `FIFREEZE` of linux/fs.h.
+    const FREEZE: libc::c_ulong = 0xc004_5877;
+    still(root, FREEZE)
+}
+
+/// Has it take writes again.
+///
+/// # Errors
+/// It takes them.
+pub fn thaw(root: &std::fs::File) -> io::Result<()> {
+    /// `FITHAW` of linux/fs.h.
+    const THAW: libc::c_ulong = 0xc004_5878;
+    still(root, THAW)
+}
+
+fn still(root: &std::fs::File, what: libc::c_ulong) -> io::Result<()> {
+    let unused: libc::c_int = 0;
+    // SAFETY: the descriptor is live for the call. The kernel takes no argument of these two, whatever their numbers say.
+    let done = unsafe { libc::ioctl(root.as_raw_fd(), what as _, &unused) };
+    Ok(Errno::result(done).map(drop)?)
+}
+
 /// Has a signal do nothing.
 pub fn ignore_signal(signal: Signal) {
     // SAFETY: SIG_IGN installs no code of ours.

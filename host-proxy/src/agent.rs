@@ -75,6 +75,11 @@ pub async fn converse(
             tokio::spawn(async move { keyed::try_half_closes(&vm).await });
         }
     }
+    if features & wire::SEED != 0 {
+        let mut bytes = [0; 32];
+        getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+        send(&mut writer, WireKind::Seed, 0, &wire::Seed { bytes }).await?;
+    }
     let (to, frames) = mpsc::channel(AHEAD_MAX);
     // Not a task of its own: it would outlive this future, which is dropped when a newer connection replaces this one (R106).
     let reading = read_frames(reader, to);
@@ -294,6 +299,10 @@ async fn handle(
         if released {
             return Ok(News::Look);
         }
+    } else if is(WireKind::Stood) {
+        let stood: wire::Stood = header.decode(body).map_err(bad)?;
+        tracing::info!(vm = %vm.name, ms = stood.ms, clock_set_ms = stood.clock_set_ms, seeded = stood.seeded, "the guest's time stood still");
+        vm.agent.stood(stood, state.now_ms());
     } else if is(WireKind::Held) {
         let held: Held = header.decode(body).map_err(bad)?;
         vm.agent.holds(Some(held));

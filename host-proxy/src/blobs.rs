@@ -266,7 +266,7 @@ pub async fn order(
     })
 }
 
-async fn dial(
+pub(crate) async fn dial(
     state: &Arc<State>,
     vm: &Arc<VmEntry>,
     service: &str,

@@ -32,6 +32,7 @@ pub mod card;
 #[cfg(feature = "yaml")]
 pub mod draft;
 pub mod dsse;
+pub mod freeze;
 pub mod goal;
 mod here;
 pub mod key;

@@ -6,6 +6,7 @@
 //! ```text
 //! guest                                   host
 //!   ◀──────────────────────────── HostKey{key}   where both have the bit KEY: of the host's dials from now on
+//!   ◀─────────────────────────── Seed{bytes}   where both have the bit SEED: for the guest's random numbers
 //!   Identity{id} ─────────────────────────▶   where both have the bit IDENTITY: the id that a host has given it
 //!   ◀────────────────────────────── Identified   the id that it has from now on; it runs nothing before it has heard this
 //!   Enrolment ────────────────────────────▶   its card and its key, and what of that it could not use
@@ -16,6 +17,7 @@
 //!   TrustHeld ────────────────────────────▶   the answer to each
 //!   Clock ────────────────────────────────▶   before every pull, so that the host sees a clock that is off
 //!   ◀───────────────────────────── HostClock   used by a guest that is configured so
+//!   Stood ────────────────────────────────▶   by that the guest's time stood still: it was paused, or restored from a snapshot
 //!   Pull{known digests} ──────────────────▶   held until there is a task: no polling, no timer
 //!   ◀──────────────────────────────── Task
 //!   Held{task_id, until} ─────────────────▶   its goal is not yet valid by the guest's clock; started when it is
@@ -24,7 +26,7 @@
 //!   ◀─────────────────────────── ReportAck    the host has it on disk; the guest may forget the result
 //!   Pull …
 //! ```
-//! `Enrolment`, `Program`, `Clock` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
+//! `Enrolment`, `Program`, `Clock`, `Stood` and `Held` have the flag IGNORABLE: a host that does not know them skips them, and `HostClock` goes only to a guest
 //! that has sent a `Clock`.
 //!
 //! A task carries no content of its own: goal envelope, step and attempt; the guest derives the rest.
@@ -63,8 +65,11 @@ pub const KEY: u64 = 8;
 /// (`adit_channel::chunk`). For people: each stream's own hello decides. Only a host with such a carrier has it.
 pub const CHUNKS: u64 = 16;
 
+/// Bit of a hello's features: the host sends a [`Seed`] on each stream, before it answers anything.
+pub const SEED: u64 = 32;
+
 /// All that every host has.
-pub const FEATURES: u64 = WINDOW | TRUST | IDENTITY;
+pub const FEATURES: u64 = WINDOW | TRUST | IDENTITY | SEED;
 
 /// Most goals that a guest gives back at once. It keeps one more itself, and pulls nothing until the time of one of them has come.
 pub const HELD_MAX: usize = 1024;
@@ -93,6 +98,8 @@ pub enum WireKind {
     Identified = 17,
     Program = 18,
     HostKey = 19,
+    Seed = 20,
+    Stood = 21,
 }
 
 /// 16 bytes that name one attempt of one step for one VM: see `task_id`.
@@ -337,6 +344,31 @@ pub struct Clock {
     pub unix_ms: u64,
 }
 
+/// Random bytes of the host, new for each stream. A guest that is restored from a snapshot would go on with the random numbers of the guest
+/// that was saved, as would every other one that is restored from it; and its streams are new ones.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seed {
+    /// Mixed into what the guest has: nobody who knows them knows more of its numbers than before.
+    pub bytes: [u8; 32],
+}
+
+impl std::fmt::Debug for Seed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Seed")
+    }
+}
+
+/// Between two times that the host gave it, less time went by in the guest than for the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stood {
+    /// So much less, ms.
+    pub ms: u64,
+    /// By so much the guest set its clock, ms; none: it did not, by its configuration or because it may not.
+    pub clock_set_ms: Option<i64>,
+    /// It has mixed the host's [`Seed`] into its random numbers.
+    pub seeded: bool,
+}
+
 /// The guest has a task whose goal is not yet valid by its clock, and keeps it until it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
@@ -417,7 +449,7 @@ mod tests {
         let kinds = [WireKind::Identity, WireKind::Identified];
         assert_eq!(kinds.map(|k| k as u16), [16, 17]);
         assert_eq!((WINDOW, TRUST, IDENTITY), (1, 2, 4));
-        assert_eq!((KEY, CHUNKS), (8, 16));
+        assert_eq!((KEY, CHUNKS, SEED), (8, 16, 32));
     }
 
     #[test]
@@ -455,5 +487,17 @@ mod tests {
         assert_eq!(bytes(postcard::to_stdvec(&held)), want);
         let numbers = [WireKind::Clock, WireKind::HostClock, WireKind::Held].map(|k| k as u16);
         assert_eq!(numbers, [7, 8, 9]);
+        let stood = Stood {
+            ms: 300,
+            clock_set_ms: Some(-1),
+            seeded: true,
+        };
+        assert_eq!(bytes(postcard::to_stdvec(&stood)), "ac02010101");
+        let seed = Seed { bytes: [0xcd; 32] };
+        assert_eq!(bytes(postcard::to_stdvec(&seed)), "cd".repeat(32));
+        assert_eq!(
+            [WireKind::Seed, WireKind::Stood].map(|k| k as u16),
+            [20, 21]
+        );
     }
 }

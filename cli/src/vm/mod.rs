@@ -1,6 +1,7 @@
 //! `adit vm …` and `adit wait`.
 
 mod add;
+mod freeze;
 mod lock;
 mod show;
 mod wait;
@@ -57,6 +58,13 @@ pub enum VmCommand {
     Lock(lock::Lock),
     /// Let new tunnels and tasks into a VM again
     Unlock {
+        /// Name of the VM
+        #[arg(add = completion::vms())]
+        name: String,
+    },
+    Freeze(freeze::Freeze),
+    /// Have a VM's file systems go on that stand still
+    Thaw {
         /// Name of the VM
         #[arg(add = completion::vms())]
         name: String,
@@ -129,6 +137,8 @@ pub async fn run(command: &VmCommand, client: &Client, format: Format) -> Result
         VmCommand::Ls { .. } => show::list(&client.get::<Vec<Vm>>("/v1/vms").await?, format),
         VmCommand::Show { name } => show::show(&client.get(&path(name)?).await?, format),
         VmCommand::Add(add) => add::run(add, client, format).await,
+        VmCommand::Freeze(freeze) => freeze::freeze(freeze, client, format).await,
+        VmCommand::Thaw { name } => freeze::thaw(name, client, format).await,
         VmCommand::Lock(lock) => lock::lock(lock, client, format).await,
         VmCommand::Unlock { name } => lock::unlock(name, client, format).await,
         VmCommand::Set(set) => {

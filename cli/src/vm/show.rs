@@ -173,6 +173,21 @@ pub fn show(vm: &Vm, format: Format) -> Result<(), Failure> {
     }));
     rows.extend(vm.trust.iter().flat_map(trust));
     rows.extend(vm.clock_ahead_ms.map(|ms| ["clock".into(), clock(ms)]));
+    rows.extend(vm.stood_still.iter().map(|stood| {
+        let set = match stood.clock_set_ms {
+            Some(ms) => format!("its clock was set by {}", seconds(ms)),
+            None => "its clock was not set".into(),
+        };
+        let mixed = match stood.entropy_mixed {
+            true => "new entropy mixed in",
+            false => "no entropy mixed in",
+        };
+        let still = seconds(i64::try_from(stood.ms).unwrap_or(i64::MAX));
+        [
+            "stood still".into(),
+            format!("{still} until {}: {set}, {mixed}", stood.at),
+        ]
+    }));
     rows.extend(vm.holding.iter().map(|held| {
         let said = format!(
             "task {}: its goal is valid from {}, and the guest's clock said {}",
@@ -248,6 +263,13 @@ fn trust(trust: &Trust) -> Vec<[String; 2]> {
 }
 
 /// `300.0 s behind this host's`. The time that a message takes is part of it, so less than a second means nothing.
+/// `-2.5 s`.
+fn seconds(ms: i64) -> String {
+    let sign = if ms < 0 { "-" } else { "" };
+    let tenths = ms.unsigned_abs() / 100;
+    format!("{sign}{}.{} s", tenths / 10, tenths % 10)
+}
+
 fn clock(ahead_ms: i64) -> String {
     let tenths = ahead_ms.unsigned_abs() / 100;
     let side = match ahead_ms {

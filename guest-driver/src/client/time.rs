@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use adit_channel::frame::Header;
-use adit_tasks::wire::{Clock, WireKind};
+use adit_tasks::wire::{self, Clock, Stood, WireKind};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -20,6 +20,8 @@ use crate::{clock, log};
 
 /// A time that the host took longer to answer with is not used.
 const CLOCK_ANSWER_MAX: Duration = Duration::from_secs(5);
+/// A guest that was away for less is not said to have stood still: answers are late now and then.
+const STOOD_MIN_MS: u64 = 3000;
 /// The guest's clock is not set while it is off by less, ms.
 const CLOCK_STEP_MIN_MS: u64 = 1000;
 
@@ -82,25 +84,65 @@ impl Client {
     }
 
     /// The host's time: sets the guest's clock if the configuration says so.
-    pub(super) fn on_host_clock(&mut self, header: &Header, body: &[u8]) -> io::Result<()> {
+    pub(super) fn on_host_clock(
+        &mut self,
+        conn: &Conn,
+        header: &Header,
+        body: &[u8],
+    ) -> io::Result<()> {
         let host: Clock = decode(header, body)?;
         let Some((_, asked)) = self.clock_asked.take_if(|(id, _)| *id == header.id) else {
             return Ok(());
         };
         let took = asked.elapsed();
-        if self.live.config().clock == ClockSource::Own || took > CLOCK_ANSWER_MAX {
+        if took > CLOCK_ANSWER_MAX {
             return Ok(());
         }
         // The answer took half of that to come.
         let way = u64::try_from(took.as_millis() / 2).unwrap_or(0);
-        let (now, to) = (clock::now_ms(), host.unix_ms.saturating_add(way));
-        if now.abs_diff(to) < CLOCK_STEP_MIN_MS {
+        let hosts = host.unix_ms.saturating_add(way);
+        let stood = self.stood(hosts);
+        let clock_set_ms = match self.live.config().clock {
+            ClockSource::Own => None,
+            ClockSource::Host => set(hosts),
+        };
+        if stood < STOOD_MIN_MS || self.features & wire::SEED == 0 {
             return Ok(());
         }
-        match clock::set_ms(to) {
-            Ok(()) => log::event("clock-set", &[("from_ms", &now), ("to_ms", &to)]),
-            Err(e) => log::event("clock-not-set", &[("to_ms", &to), ("error", &e)]),
+        log::event("stood-still", &[("ms", &stood), ("seeded", &self.seeded)]);
+        let stood = Stood {
+            ms: stood,
+            clock_set_ms,
+            seeded: self.seeded,
+        };
+        self.send_ignorable(conn, WireKind::Stood, &stood).map(drop)
+    }
+
+    /// For how long this guest has stood still since the host gave its time before: paused, or restored from a snapshot of then.
+    fn stood(&mut self, hosts: u64) -> u64 {
+        let now = Instant::now();
+        let Some((before, at)) = self.host_time.replace((hosts, now)) else {
+            return 0;
+        };
+        let here = u64::try_from(now.duration_since(at).as_millis()).unwrap_or(u64::MAX);
+        hosts.saturating_sub(before).saturating_sub(here)
+    }
+}
+
+/// Sets the clock, unless it is nearly right. Returns by how much.
+fn set(to: u64) -> Option<i64> {
+    let now = clock::now_ms();
+    if now.abs_diff(to) < CLOCK_STEP_MIN_MS {
+        return None;
+    }
+    match clock::set_ms(to) {
+        Ok(()) => {
+            log::event("clock-set", &[("from_ms", &now), ("to_ms", &to)]);
+            i64::try_from(i128::from(to) - i128::from(now)).ok()
         }
-        Ok(())
+        Err(e) => {
+            log::event("clock-not-set", &[("to_ms", &to), ("error", &e)]);
+            None
+        }
     }
 }

@@ -10,6 +10,7 @@ pub mod agent;
 pub mod blob;
 pub mod exec;
 pub mod files;
+pub mod freeze;
 mod hand;
 mod named;
 mod note;
@@ -35,6 +36,7 @@ use adit_channel::stream::Listener;
 use self::agent::Agent;
 use self::exec::Exec;
 use self::files::Files;
+use self::freeze::Freeze;
 use self::services::Services;
 use self::shares::{Shares, busy};
 use crate::config::NamedService;
@@ -159,6 +161,11 @@ impl Server {
     /// Has files read and written, as far as the policy allows.
     pub fn copies(&self, files: Files) {
         self.services.copies(files);
+    }
+
+    /// Has file systems stand still for a while.
+    pub fn freezes(&self, freeze: Freeze) {
+        self.services.freezes(freeze);
     }
 
     /// Serves only hellos with the MAC of the host's key, also before the host has given one.

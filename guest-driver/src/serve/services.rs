@@ -15,6 +15,7 @@ use super::agent::Agent;
 use super::blob::Blob;
 use super::exec::Exec;
 use super::files::Files;
+use super::freeze::Freeze;
 use super::named::Named;
 use super::ping::Ping;
 use super::shares::Shares;
@@ -61,6 +62,7 @@ pub struct Services {
     agent: Option<Agent>,
     exec: OnceLock<Exec>,
     files: OnceLock<Files>,
+    freeze: OnceLock<Freeze>,
     policy: RwLock<Arc<Standing>>,
 }
 
@@ -75,6 +77,7 @@ impl Services {
             agent,
             exec: OnceLock::new(),
             files: OnceLock::new(),
+            freeze: OnceLock::new(),
             policy: RwLock::default(),
         }
     }
@@ -104,6 +107,11 @@ impl Services {
         files.govern(policy.unwrap_or_else(PoisonError::into_inner).clone());
     }
 
+    /// Has file systems frozen. The first one counts.
+    pub fn freezes(&self, freeze: Freeze) {
+        self.freeze.get_or_init(|| freeze);
+    }
+
     /// Whether a hello asks for what only the host may have.
     pub fn is_for_the_host(&self, open: &Open) -> bool {
         let all = self.all();
@@ -118,7 +126,8 @@ impl Services {
         let files = self.files.get().map(|files| files as &dyn Service);
         let all: [&dyn Service; 4] = [&self.tcp, &self.named, &self.ping, &self.blob];
         let all = all.into_iter().chain(agent).chain(exec);
-        all.chain(files).collect()
+        let freeze = self.freeze.get().map(|freeze| freeze as &dyn Service);
+        all.chain(files).chain(freeze).collect()
     }
 
     /// Opens what a hello asks for; the version is what both sides speak.

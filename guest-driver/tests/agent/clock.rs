@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use adit_tasks::wire::{Outcome, Task};
+use adit_tasks::wire::{self, Outcome, Seed, Task, WireKind};
 use serde_json::json;
 
 use crate::host::*;
@@ -115,5 +115,38 @@ fn a_guest_that_takes_the_hosts_time_runs_what_is_valid_by_it_and_another_says_w
             "{}",
             host.log()
         );
+    }
+}
+
+/// A guest that is restored from a snapshot goes on as if no time had gone by, with the random numbers of the one that was saved.
+#[test]
+fn a_guest_that_stood_still_says_so_and_what_it_set_right() {
+    for clock in ["own", "host"] {
+        let mut host = Host::new();
+        let config = fs::read_to_string(host.path("adit-guest.toml")).unwrap();
+        let config = format!("clock = \"{clock}\"\n{config}");
+        fs::write(host.path("adit-guest.toml"), config).unwrap();
+        host.features |= wire::SEED;
+        host.start(None);
+        let away = 100_000;
+        for (session_nr, ms) in [(1, 0), (2, away), (3, away)] {
+            let steps = json!([counting(&host.path("count"), "")]);
+            let goal = host.sign(&goal(session_nr, "web-1", steps));
+            let task = task(goal, "count", 1);
+            let (mut session, _) = host.accept();
+            session.send(WireKind::Seed, 0, &Seed { bytes: [7; 32] });
+            session.clock = Some(now_ms() as u64 + ms);
+            session.run(&task);
+            let Some(stood) = session.stood else {
+                assert_ne!(session_nr, 2, "{}", host.log());
+                continue;
+            };
+            assert_eq!(session_nr, 2, "{stood:?}");
+            assert!(stood.ms.abs_diff(away) < 20_000, "{stood:?}");
+            assert_eq!(stood.clock_set_ms.is_some(), clock == "host");
+            let set = stood.clock_set_ms.unwrap_or(away as i64);
+            assert!(set.abs_diff(away as i64) < 20_000, "{stood:?}");
+            assert_eq!(stood.seeded, nix::unistd::geteuid().is_root());
+        }
     }
 }

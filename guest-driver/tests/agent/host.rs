@@ -222,6 +222,7 @@ impl Host {
             told: None,
             clock: None,
             clocks: Vec::new(),
+            stood: None,
         };
         let mut facts = None;
         let waits = self.features & wire::TRUST != 0;
@@ -305,6 +306,8 @@ pub struct Session {
     pub clock: Option<u64>,
     /// What the guest's clock showed.
     pub clocks: Vec<u64>,
+    /// That its time stood still.
+    pub stood: Option<wire::Stood>,
 }
 
 impl Session {
@@ -328,6 +331,11 @@ impl Session {
             }
             if header.kind == WireKind::Facts as u16 {
                 self.facts = Some(header.decode(&body).unwrap());
+                continue;
+            }
+            if header.kind == WireKind::Stood as u16 {
+                assert_eq!(header.flags, frame::IGNORABLE);
+                self.stood = Some(header.decode(&body).unwrap());
                 continue;
             }
             if header.kind != WireKind::Clock as u16 {

@@ -107,6 +107,20 @@ pub struct Holding {
     pub guest_time: String,
 }
 
+/// What a guest says of that its time stood still: between two times that the host gave it, less went by in the guest.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoodStill {
+    /// RFC 3339, by this host's clock; when it said so.
+    pub at: String,
+    /// For how long, ms.
+    pub ms: u64,
+    /// By how much it set its clock then, ms; none: it did not, because its configuration does not say so.
+    pub clock_set_ms: Option<i64>,
+    /// Random bytes of this host went into its random numbers: those of a guest that was restored from a snapshot are its own since.
+    pub entropy_mixed: bool,
+}
+
 /// Hands a trust document over.
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -78,11 +78,14 @@ pub use event::{HostEvent, HostEventKind};
 pub use goals::{AllGoals, AllTasks, Goal, GoalSummary, NewGoal, Task, TaskEvent};
 pub use guest::{
     AgentAnswer, AgentOrder, Blob, Card, GuestKey, Holding, KeptTrust, NewTrust, PIECE_MAX,
-    Program, Transfer, Trust, TrustRefused, TrustTaken,
+    Program, StoodStill, Transfer, Trust, TrustRefused, TrustTaken,
 };
 pub use hosts::{AllVms, HostAnswer, HostShown, Resolution, Silent, VmAt};
 pub use state::{TaskState, VmState};
-pub use vm::{LOCK_REASON_MAX, LastDial, NewLock, NewVm, Refused, Vm, VmChange, VmFault, VmLock};
+pub use vm::{
+    Frozen, LOCK_REASON_MAX, LastDial, NewFreeze, NewLock, NewVm, Refused, Vm, VmChange, VmFault,
+    VmLock,
+};
 
 /// Version of these types, in every top-level answer.
 pub const SCHEMA_VERSION: u32 = 1;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::carrier::{Carrier, NewCarrier};
-use crate::guest::{Card, GuestKey, Holding, Program, Trust};
+use crate::guest::{Card, GuestKey, Holding, Program, StoodStill, Trust};
 #[cfg(feature = "openapi")]
 use crate::openapi;
 use crate::state::VmState;
@@ -50,6 +50,9 @@ pub struct Vm {
     /// How far the guest's clock was ahead of this host's when the agent told it last, ms; negative: behind.
     #[serde(default)]
     pub clock_ahead_ms: Option<i64>,
+    /// That the guest's time stood still: it was paused, or restored from a snapshot. None: it did not, as long as `aditd` knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stood_still: Option<StoodStill>,
     /// What the agent holds because its goal is not yet valid by the guest's clock.
     #[serde(default)]
     pub holding: Option<Holding>,
@@ -109,6 +112,27 @@ pub struct Vm {
     /// aditd may have others.
     #[serde(default)]
     pub origin: Option<String>,
+}
+
+/// Has a VM's file systems stand still.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewFreeze {
+    /// For so long, ms: 1000 to 300000. Then they go on by themselves.
+    pub lease_ms: u32,
+}
+
+/// File systems of a VM that stand still.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// Where they are mounted in the guest, at most 32.
+    pub file_systems: Vec<String>,
+    /// How many there are; 0: all go on.
+    pub count: u32,
+    /// For so long still, ms.
+    pub left_ms: u32,
 }
 
 /// Why a VM is locked.

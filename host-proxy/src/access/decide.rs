@@ -16,8 +16,8 @@ use super::caller::Caller;
 use super::grant::{Grant, May};
 use super::subject::Subject;
 
-/// Services of a guest that only the owner reaches: they are given files, and say themselves what they do with them.
-const OWNERS: [&str; 2] = ["blob", "agent"];
+/// Services of a guest that are dialled for requests of the API alone, which say who may: they are given files, or told to stand still.
+const OWNERS: [&str; 3] = ["blob", "agent", "freeze"];
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

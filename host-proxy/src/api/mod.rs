@@ -11,6 +11,7 @@ mod discovery;
 mod elsewhere;
 mod exec;
 mod files;
+mod freeze;
 mod handed;
 mod host_events;
 mod lists;
@@ -106,6 +107,7 @@ fn own() -> OpenApiRouter<App> {
         .routes(routes!(vms::show, vms::change, vms::remove))
         .routes(routes!(vms::reload))
         .routes(routes!(lock::lock, lock::unlock))
+        .routes(routes!(freeze::freeze, freeze::thaw, freeze::show))
         .routes(routes!(wait::wait_vm))
         .routes(routes!(lists::goals, tasks::add_goal))
         .routes(routes!(tasks::show_goal))

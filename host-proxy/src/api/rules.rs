@@ -32,7 +32,7 @@ use Takes::{Handler, Host, Name, Nothing, Vm};
 use Verb::{Manage, See};
 
 /// The table.
-pub(super) const RULES: [(&str, &str, Takes); 40] = [
+pub(super) const RULES: [(&str, &str, Takes); 43] = [
     ("GET", "/healthz", Nothing),
     ("GET", "/v1/openapi.json", Name),
     // `see`
@@ -69,6 +69,9 @@ pub(super) const RULES: [(&str, &str, Takes); 40] = [
     ("POST", "/v1/vms/{name}/reload", Vm(Manage)),
     ("POST", "/v1/vms/{name}/lock", Vm(Manage)),
     ("DELETE", "/v1/vms/{name}/lock", Vm(Manage)),
+    ("POST", "/v1/vms/{name}/freeze", Vm(Manage)),
+    ("DELETE", "/v1/vms/{name}/freeze", Vm(Manage)),
+    ("GET", "/v1/vms/{name}/freeze", Vm(See)),
     ("POST", "/v1/vms/{name}/blobs/{digest}", Vm(Manage)),
     ("POST", "/v1/vms/{name}/agent", Vm(Manage)),
     ("GET", "/v1/blobs/{digest}", Host(Manage)),

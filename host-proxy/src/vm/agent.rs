@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use adit_names::VmId;
 use adit_tasks::KeyId;
 use adit_tasks::trust::DOCUMENTS_MAX;
-use adit_tasks::wire::{self, Facts, Held, Program, TrustHeld};
+use adit_tasks::wire::{self, Facts, Held, Program, Stood, TrustHeld};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -64,6 +64,8 @@ pub(super) struct Said {
     pub(super) half_closes: Option<bool>,
     /// How far its clock is ahead, ms.
     pub(super) clock_ahead_ms: Option<i64>,
+    /// That its time stood still, and when it said so.
+    pub(super) stood: Option<(Stood, i64)>,
     pub(super) held: Option<Held>,
     pub(super) enrolment: Enrolment,
     /// The id that this host has given it; none: its agent is of the version before.
@@ -296,6 +298,12 @@ impl Agent {
         self.lock().clock_ahead_ms = Some(guest_ms.saturating_sub(now_ms));
         // Meanwhile the time of its card may be over.
         self.logged.update(self.vm.as_str(), self.faults());
+        self.changes.note();
+    }
+
+    /// It has said that its time stood still.
+    pub fn stood(&self, stood: Stood, now_ms: i64) {
+        self.lock().stood = Some((stood, now_ms));
         self.changes.note();
     }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use adit_api::{
-    Card, Carrier, CarrierKind, GuestKey, Holding, LastDial, Program, Refused, Trust, TrustRefused,
-    TrustTaken, Vm, VmFault, VmState,
+    Card, Carrier, CarrierKind, GuestKey, Holding, LastDial, Program, Refused, StoodStill, Trust,
+    TrustRefused, TrustTaken, Vm, VmFault, VmState,
 };
 use adit_port::control::{IVSHMEM_SOCKET, RING_SOCKET, Ring, Status, VHOST_SOCKET};
 
@@ -103,6 +103,12 @@ impl VmEntry {
             guest_id: agent.id.clone(),
             trust: agent.trust.as_ref().map(trust),
             clock_ahead_ms: agent.clock_ahead_ms,
+            stood_still: agent.stood.map(|(stood, at)| StoodStill {
+                at: rfc3339(u64::try_from(at).unwrap_or(0)),
+                ms: stood.ms,
+                clock_set_ms: stood.clock_set_ms,
+                entropy_mixed: stood.seeded,
+            }),
             holding: agent.held.filter(|_| connected).map(|held| Holding {
                 task_id: adit_tasks::hex(&held.task_id),
                 valid_from: rfc3339(held.not_before_ms),

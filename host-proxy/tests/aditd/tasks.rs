@@ -10,7 +10,7 @@ use adit_channel::hello::{self, Hello};
 use adit_channel::refusal::Code;
 use adit_port::control_io::Message;
 use adit_tasks::dsse;
-use adit_tasks::wire::{Clock, Held, Outcome, Pull, WireKind};
+use adit_tasks::wire::{self, Clock, Held, Outcome, Pull, WireKind};
 use ed25519_dalek::SigningKey;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
@@ -265,6 +265,25 @@ fn a_guests_clock_and_held_task_are_shown_and_a_guest_that_asks_gets_the_hosts_t
     assert!((before..=after).contains(&told));
     let shown = host.get("/v1/vms/a")["clock_ahead_ms"].as_i64().unwrap();
     assert_eq!(shown, ahead - (told - before));
+    // It was away.
+    assert!(host.get("/v1/vms/a")["stood_still"].is_null());
+    let stood = wire::Stood {
+        ms: 90_000,
+        clock_set_ms: Some(90_400),
+        seeded: true,
+    };
+    agent.say(WireKind::Stood, 0, &stood);
+    agent.say(WireKind::Clock, 12, &Clock { unix_ms });
+    agent.hear_kind(WireKind::HostClock);
+    let stood = host.get("/v1/vms/a")["stood_still"].clone();
+    assert_eq!(
+        (
+            &stood["ms"],
+            &stood["clock_set_ms"],
+            &stood["entropy_mixed"]
+        ),
+        (&json!(90_000), &json!(90_400), &json!(true))
+    );
     // The guest holds a task. Its next report clears that.
     apply(&host, 1);
     let task_id = agent.pull().task_id;

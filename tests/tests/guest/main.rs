@@ -22,6 +22,7 @@ mod clones;
 mod cuts;
 mod exec;
 mod files;
+mod freeze;
 mod from_guest;
 mod hostile;
 mod hosts;
