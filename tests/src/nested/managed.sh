@@ -33,6 +33,8 @@ away() {
     within 30 quietly pidof adit-port || fail "aditd did not start a port process for a VM without one"
     # The port process has started. Wait until it is up: otherwise the next VMM would wait for it to come up, and then to leave.
     sleep 0.4
+    # So long that the guest knows by its host's clock.
+    sleep 3
     echo "SHOW $VM was paused and saved; its VMM is killed ($(now) s)"
 }
 # back ARGS...: restores the VM in another process; waits until its agent is connected. The agent must have dialled once, when it
@@ -46,6 +48,9 @@ back() {
     [ $(grep -c ": connected service=tasks" /tmp/since) = 1 ] || fail "the agent did not redial: $(cat /tmp/since)"
     [ $(grep -c ": disconnected service=tasks" /tmp/since) = 1 ] || fail "the agent dialled in vain: $(cat /tmp/since)"
     grep -q ADIT-READY /tmp/since && fail "it booted"
+    # It is not the guest any more that was saved, and says so.
+    within 30 shows "^stood still .*new entropy mixed in" || fail "the agent did not say that it stood still: $(adit vm show $VM)"
+    grep "^stood still" /tmp/show
 }
 QUIET="console=ttyS0 quiet panic=-1 mitigations=off"
 configure </dev/null
