@@ -58,7 +58,7 @@ fn json(answer: &Answer) -> Value {
 }
 
 /// A guest that is offered a file.
-struct Guest(UnixStream);
+pub struct Guest(pub UnixStream);
 
 impl Guest {
     /// Takes the dial.
@@ -66,7 +66,7 @@ impl Guest {
         Self::dialled_as(control, "blob", &want.encode())
     }
 
-    fn dialled_as(control: &Control, service: &str, arguments: &[u8]) -> Self {
+    pub fn dialled_as(control: &Control, service: &str, arguments: &[u8]) -> Self {
         let (connect, fd): (_, OwnedFd) = loop {
             match control.hear().unwrap() {
                 (Message::Connect(connect), Some(fd)) => break (connect, fd),

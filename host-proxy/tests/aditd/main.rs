@@ -19,6 +19,7 @@ mod dns;
 mod dns_servers;
 mod faults;
 mod foreign;
+mod freeze;
 mod front;
 mod full_disk;
 #[path = "../../port/tests/fuse/mod.rs"]

@@ -161,6 +161,13 @@ fn r69_a_hidden_vm_and_one_that_is_not_there_are_answered_for_alike_and_lists_le
             ),
             ("GET", format!("/v1/vms/{name}/wait"), String::new()),
             ("POST", format!("/v1/vms/{name}/agent"), "{}".to_owned()),
+            ("GET", format!("/v1/vms/{name}/freeze"), String::new()),
+            (
+                "POST",
+                format!("/v1/vms/{name}/freeze"),
+                "{\"lease_ms\": 1000}".to_owned(),
+            ),
+            ("DELETE", format!("/v1/vms/{name}/freeze"), String::new()),
             ("GET", format!("/v1/tasks?vm={name}"), String::new()),
             ("POST", "/v1/goals".to_owned(), goal(1, &[name])),
             ("POST", "/v1/goals".to_owned(), goal(1, &["a", name])),

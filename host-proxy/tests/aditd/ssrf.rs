@@ -262,6 +262,8 @@ fn r73_of_a_name_only_what_a_name_may_have_reaches_a_handler() {
             of("DELETE", "", "");
             of("POST", "/reload", "");
             of("POST", "/lock", "{}");
+            of("POST", "/freeze", "{\"lease_ms\": 1000}");
+            of("DELETE", "/freeze", "");
             of(
                 "POST",
                 "/agent",
