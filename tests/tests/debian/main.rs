@@ -12,6 +12,7 @@ use adit_tests::image::Kernel;
 mod boot;
 mod clients;
 mod clones;
+mod freeze;
 mod images;
 mod unit;
 mod upgrade;

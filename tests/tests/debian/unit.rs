@@ -9,7 +9,7 @@ use adit_tests::host::Host;
 use adit_tests::process::wait_for;
 use serde_json::Value;
 
-use super::{BOOT, built, full, upgrade};
+use super::{BOOT, built, freeze, full, upgrade};
 
 pub(super) struct Booted {
     pub(super) guest: Guest,
@@ -229,6 +229,7 @@ fn the_unit_does_on_systemd_what_it_should() {
     assert_eq!(booted.ssh("pgrep -c -x sleep").trim(), "1");
     let (_, state, said) = booted.task("deploy", "echo again");
     assert_eq!((state.as_str(), said.as_str()), ("done", "again\n"));
+    freeze::under_load(&booted);
     bad_input(&booted);
     no_driver(&booted);
     upgrade::works_or_goes(&booted);
