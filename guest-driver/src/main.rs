@@ -16,7 +16,7 @@ use adit_guest_driver::transport::Transport;
 use adit_guest_driver::transport::Vsock;
 use adit_guest_driver::upgrade::begin::{self, How};
 use adit_guest_driver::upgrade::{self, Begun, program};
-use adit_guest_driver::{documents, enrol, fork_server, journal, show};
+use adit_guest_driver::{documents, enrol, fork_server, freeze, journal, show};
 use adit_print::PrintError;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -219,6 +219,10 @@ fn run_agent(
     #[cfg(feature = "test-util")]
     if is_kept {
         fail_as_told();
+    }
+    // First: what an agent writes at its start could be on what stands still. What is wrong with the configuration is said below.
+    if let Ok(config) = Config::load(&how.config) {
+        freeze::thaw_left(&config.run_dir);
     }
     let faults = match is_kept {
         true => Vec::new(),

@@ -42,8 +42,8 @@ pub async fn freeze(freeze: &Freeze, client: &Client, format: Format) -> Result<
     match format {
         Format::Json => output::json(&frozen),
         Format::Table => {
-            let more = match usize::try_from(frozen.count).unwrap_or(0) - frozen.file_systems.len()
-            {
+            let count = usize::try_from(frozen.count).unwrap_or(0);
+            let more = match count.saturating_sub(frozen.file_systems.len()) {
                 0 => String::new(),
                 n => format!(" and {n} more"),
             };

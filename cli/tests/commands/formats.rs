@@ -37,6 +37,8 @@ const CALLS: &[(&str, &[&str])] = &[
     ("vm-set", &["vm", "set", "web-1", "--allow", "80"]),
     ("vm-reload", &["vm", "reload", "web-1"]),
     ("vm-lock", &["vm", "lock", "web-1"]),
+    ("vm-freeze", &["vm", "freeze", "web-1"]),
+    ("vm-thaw", &["vm", "thaw", "web-1"]),
     ("vm-unlock", &["vm", "unlock", "web-1"]),
     ("vm-rm", &["vm", "rm", "web-1"]),
     ("wait", &["wait", "web-1"]),
@@ -145,6 +147,9 @@ fn fake() -> Fake {
                 "hidden": false,
             })),
             (_, path) if path.starts_with("/v1/grants") => Say::Json(json!([])),
+            (_, "/v1/vms/web-1/freeze") => Say::Json(json!({
+                "file_systems": ["/"], "count": 1, "left_ms": 30_000,
+            })),
             ("GET", "/v1/trust") => Say::Json(json!([])),
             (_, path) if path.starts_with("/v1/trust") => Say::Json(json!({
                 "signer": KEY, "own": false, "sequence": 1, "vms": [], "given_at": "2026-11-20T22:00:00Z",

@@ -106,7 +106,7 @@ impl Client {
             ClockSource::Own => None,
             ClockSource::Host => set(hosts),
         };
-        if stood < STOOD_MIN_MS || self.features & wire::SEED == 0 {
+        if stood == 0 || self.features & wire::SEED == 0 {
             return Ok(());
         }
         log::event("stood-still", &[("ms", &stood), ("seeded", &self.seeded)]);
@@ -125,7 +125,17 @@ impl Client {
             return 0;
         };
         let here = u64::try_from(now.duration_since(at).as_millis()).unwrap_or(u64::MAX);
-        hosts.saturating_sub(before).saturating_sub(here)
+        stood(hosts.saturating_sub(before), here)
+    }
+}
+
+/// For how long a guest stood still in which so much time went by, while so much did for its host; 0: it did not.
+fn stood(hosts: u64, here: u64) -> u64 {
+    let stood = hosts.saturating_sub(here);
+    // Clocks go apart by themselves, by less than a thousandth.
+    match stood >= STOOD_MIN_MS.max(here / 1000) {
+        true => stood,
+        false => 0,
     }
 }
 
@@ -143,6 +153,25 @@ fn set(to: u64) -> Option<i64> {
         Err(e) => {
             log::event("clock-not-set", &[("to_ms", &to), ("error", &e)]);
             None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_that_go_apart_are_no_guest_that_stood_still() {
+        let (day, s) = (86_400_000, 1000);
+        for (hosts, here, want) in [
+            (5 * s, 0, 5 * s),
+            (2 * s, 0, 0),
+            (2 * day + 5 * s, 2 * day, 0),
+            (3 * day, 2 * day, day),
+            (0, day, 0),
+        ] {
+            assert_eq!(stood(hosts, here), want, "{hosts} {here}");
         }
     }
 }

@@ -125,6 +125,7 @@ fn ended(child: &mut Child, until: Instant) -> io::Result<Option<std::process::E
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exec::alone;
 
     fn hook(dir: &Path, name: &str, text: &str) {
         let at = dir.join(name);
@@ -134,6 +135,8 @@ mod tests {
 
     #[test]
     fn each_hears_freeze_and_thaw_and_one_that_fails_undoes_those_before() {
+        // Others reap children.
+        let _alone = alone();
         let dir = tempfile::tempdir().unwrap();
         let (hooks, log) = (dir.path().join("d"), dir.path().join("log"));
         assert!(Hooks::freeze(&hooks).unwrap().thaw().is_empty());

@@ -6,11 +6,11 @@
 //! A process of its own, which has all its memory and writes nothing while anything stands still: whoever logs may wait for a disk that does.
 //! It thaws when its lease is over, when it is asked to, and when its agent has ended, whichever is first; so a host that is gone, or has
 //! saved the guest in the middle, leaves nothing standing. What answers `thaw` in the agent touches no disk and no log either.
-//! What it freezes it writes down before, in `run_dir`, which is in memory: if it is killed the agent thaws, and if both are the next agent.
+//! What it freezes it writes down before, in `run_dir`: if it is killed its guard thaws (`process.rs`), and if both are the next agent.
 //!
 //! | file | what |
 //! |---|---|
-//! | `process.rs` | the process: one loop, and its time |
+//! | `process.rs` | the process: one loop, and its time; its guard |
 //! | `mounts.rs` | which file systems there are to freeze |
 //! | `hooks.rs` | the guest's own programs, before and after |
 
@@ -18,16 +18,16 @@ mod hooks;
 mod mounts;
 mod process;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use adit_tasks::freeze::{Answer, Asked};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair, sockopt,
 };
@@ -38,10 +38,10 @@ use crate::{log, sys};
 
 /// Where the guest's owner puts programs that are run before and after.
 pub const HOOKS: &str = "/etc/adit-guest/freeze.d";
-/// In `run_dir`: what stands still, a path a line.
-const STANDING: &str = "frozen";
-/// Stack of the thread that watches the process.
-const STACK_BYTES: usize = 128 * 1024;
+/// How the names begin of what freezers write down in `run_dir`; their numbers follow.
+const STANDING: &str = "frozen.";
+/// Why a thaw is refused.
+const NOTHING_STOOD: &str = "nothing stood still: its time was over before, or it was never frozen";
 /// Most bytes of a message between agent and process.
 const MESSAGE_MAX: usize = 16 << 10;
 /// How long the process may take: hooks, and all file systems.
@@ -55,9 +55,8 @@ pub struct Freezer {
 }
 
 impl Freezer {
-    /// One whose process is made when it is needed first. What an agent before this one has left standing goes on.
+    /// One whose process is made when it is needed first.
     pub fn new(forks: Arc<ForkServer>, run_dir: &Path) -> Self {
-        thaw_standing(run_dir, "the agent before has ended");
         Self {
             forks,
             run_dir: run_dir.to_owned(),
@@ -75,14 +74,26 @@ impl Freezer {
         if !is_there {
             *line = None;
             let Asked::Freeze(_) = asked else {
-                return Ok(Answer::NOTHING);
+                return Ok(nothing(asked));
             };
             *line = Some(self.launch()?);
         }
-        let answer = match &*line {
+        let mut answer = match &*line {
             Some(line) => exchange(line, asked),
             None => Err(io::ErrorKind::NotConnected.into()),
         };
+        // It was just ending: its time was over.
+        let has_gone = |e: &io::Error| e.kind() == io::ErrorKind::UnexpectedEof;
+        if is_there && answer.as_ref().is_err_and(has_gone) {
+            *line = None;
+            answer = match asked {
+                Asked::Freeze(_) => {
+                    let new = line.insert(self.launch()?);
+                    exchange(new, asked)
+                }
+                Asked::Thaw | Asked::Show => Ok(nothing(asked)),
+            };
+        }
         // Closed, it thaws.
         if !matches!(&answer, Ok(Answer::State { count: 1.., .. })) {
             *line = None;
@@ -95,36 +106,54 @@ impl Freezer {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         sockopt::set_socket_timeout(&ours, sockopt::Timeout::Recv, Some(ANSWER_LIMIT))?;
         let told = postcard::to_stdvec(&self.run_dir).map_err(io::Error::other)?;
-        // The watch is there before anything stands still.
-        let (watched, run_dir) = (ours.try_clone()?, self.run_dir.clone());
-        let watch = thread::Builder::new().name("freezer".into());
-        watch.stack_size(STACK_BYTES).spawn(move || {
-            let ended = |fds: &[PollFd<'_>]| {
-                let said = fds.first().and_then(PollFd::revents);
-                said.is_some_and(|said| said.contains(PollFlags::POLLHUP))
-            };
-            loop {
-                let mut fds = [PollFd::new(watched.as_fd(), PollFlags::empty())];
-                if poll(&mut fds, PollTimeout::NONE).is_ok() && ended(&fds) {
-                    return thaw_standing(&run_dir, "the process that froze it has ended");
-                }
-            }
-        })?;
         self.forks.start(Becomes::Freezer, theirs.as_fd(), &told)?;
         Ok(ours)
     }
 }
 
-/// Thaws what was written down as standing still, if anything is.
-fn thaw_standing(run_dir: &Path, why: &str) {
-    let at = run_dir.join(STANDING);
-    let Ok(standing) = fs::read_to_string(&at) else {
+/// Where a freezer writes down what it freezes: paths with a NUL between.
+fn standing_of(run_dir: &Path, freezer: i32) -> PathBuf {
+    run_dir.join(format!("{STANDING}{freezer}"))
+}
+
+/// Thaws what was written down as standing still, if anything is, the last that was frozen first: before it nothing that is on a file of it
+/// can write.
+fn thaw_standing(at: &Path, why: &str) {
+    let Ok(standing) = fs::read(at) else {
         return;
     };
-    let thaw = |path: &&str| File::open(path).and_then(|root| sys::thaw(&root)).is_ok();
-    let thawed = standing.lines().filter(thaw).count();
-    let _ = fs::remove_file(&at);
+    let paths: Vec<&[u8]> = standing.split(|b| *b == 0).collect();
+    let thaw = |path: &&&[u8]| {
+        let root = File::open(OsStr::from_bytes(path));
+        root.and_then(|root| sys::thaw(&root)).is_ok()
+    };
+    let thawed = paths.iter().rev().filter(thaw).count();
+    let _ = fs::remove_file(at);
     log::event("thawed", &[("file_systems", &thawed), ("why", &why)]);
+}
+
+/// Thaws what freezers and guards that are gone have left in the agent's `run_dir`. One that is there thaws by itself, for its agent has ended.
+pub fn thaw_left(run_dir: &Path) {
+    for entry in fs::read_dir(run_dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let freezer = name.to_str().and_then(|name| name.strip_prefix(STANDING));
+        let Some(freezer) = freezer.and_then(|pid| pid.parse::<u32>().ok()) else {
+            continue;
+        };
+        let comm = fs::read_to_string(format!("/proc/{freezer}/comm"));
+        if comm.is_ok_and(|comm| comm.trim_end() == "adit-freezer") {
+            continue;
+        }
+        thaw_standing(&entry.path(), "whoever froze it is gone");
+    }
+}
+
+/// What whoever asks hears where nothing stands still. To thaw that is to have come too late: what was saved meanwhile was written to.
+fn nothing(asked: Asked) -> Answer {
+    match asked {
+        Asked::Thaw => Answer::Refused(NOTHING_STOOD.into()),
+        Asked::Freeze(_) | Asked::Show => Answer::NOTHING,
+    }
 }
 
 /// Whether the process has closed its end: its lease is over.

@@ -1,8 +1,17 @@
-//! The process that freezes, and thaws by itself.
+//! The process that freezes, and thaws by itself; and the one before it, which thaws if it cannot.
+//!
+//! ```text
+//! fork server ─► guard ─ fork ─► freezer: writes down what it is about to freeze, freezes, waits for its time, thaws
+//!                  └ waits for the freezer's end, then thaws what is written down, the last first
+//! ```
+//! So a freezer that is killed leaves nothing standing, and neither does one that gives up while the kernel is still busy with a file system:
+//! its last thread ends when that is frozen, and the guard hears of it then.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -13,12 +22,14 @@ use std::time::{Duration, Instant};
 use adit_tasks::freeze::{Answer, Asked, NAMED_MAX};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::mman::{MlockAllFlags, mlockall};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::hooks::Hooks;
 use super::mounts::{Mount, to_freeze};
-use super::{HOOKS, MESSAGE_MAX, STANDING};
+use super::{HOOKS, MESSAGE_MAX, NOTHING_STOOD, standing_of, thaw_standing};
 use crate::session::take_stdout;
 use crate::{log, sys};
 
@@ -43,6 +54,9 @@ struct Still {
     standing: PathBuf,
 }
 
+/// Most bytes of a path that is shown.
+const SHOWN_MAX: usize = 256;
+
 /// Serves its agent, which is standard output, until nothing is asked any more and nothing stands still.
 ///
 /// # Errors
@@ -54,8 +68,14 @@ pub fn run() -> io::Result<()> {
     // The fork server waits for none of its own; this one for its hooks.
     sys::default_signal(Signal::SIGCHLD);
     let line = take_stdout()?;
-    // Nobody is to be ended for memory's sake who has to thaw.
-    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+    // Whoever ends all processes in turn ends the agent, too. Hooks have no signals held.
+    let hold = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    SigSet::from_iter(hold).thread_block()?;
+    if let Some(freezer) = sys::fork(&sys::Alone::now()?)? {
+        drop(line);
+        guard(freezer, &run_dir);
+        return Ok(());
+    }
     // What is not in memory now may be on a disk that stands still. Where this is not allowed, it is used before.
     let _ = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE);
     let mut still: Option<Still> = None;
@@ -66,8 +86,14 @@ pub fn run() -> io::Result<()> {
             Heard::Nothing => break "its time is over",
             Heard::End => break "its agent has ended",
             Heard::Asked(Asked::Thaw) => {
-                let thawed = still.take().map(|still| still.thaw("it was asked to"));
-                answer(&line, &thawed.map_or(Answer::NOTHING, |()| Answer::NOTHING));
+                let thawed = still.take().map(Still::thaw);
+                answer(
+                    &line,
+                    &thawed.as_ref().map_or_else(nothing_stood, Thawed::answer),
+                );
+                if let Some(thawed) = thawed {
+                    thawed.finish("it was asked to");
+                }
                 return Ok(());
             }
             Heard::Asked(Asked::Show) => {}
@@ -78,8 +104,9 @@ pub fn run() -> io::Result<()> {
                     None => match Still::begin(lease, &run_dir) {
                         Ok(begun) => still = Some(begun),
                         Err(why) => {
+                            answer(&line, &Answer::Refused(why.clone()));
                             log::event("freeze-refused", &[("why", &why)]);
-                            answer(&line, &Answer::Refused(why));
+                            // What the kernel is busy with still the guard thaws.
                             return Ok(());
                         }
                     },
@@ -89,9 +116,30 @@ pub fn run() -> io::Result<()> {
         answer(&line, &still.as_ref().map_or(Answer::NOTHING, Still::shown));
     };
     if let Some(still) = still {
-        still.thaw(why);
+        still.thaw().finish(why);
     }
     Ok(())
+}
+
+/// Waits for the freezer's end, whichever, and thaws what it has left.
+fn guard(freezer: i32, run_dir: &Path) {
+    let _ = nix::sys::prctl::set_name(c"adit-thaw");
+    is_needed(true);
+    let _ = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE);
+    while waitpid(Pid::from_raw(freezer), None) == Err(nix::errno::Errno::EINTR) {}
+    thaw_standing(
+        &standing_of(run_dir, freezer),
+        "the process that froze it has ended",
+    );
+}
+
+/// Nobody is to be ended for memory's sake who has to thaw. What hooks start is.
+fn is_needed(is: bool) {
+    let _ = fs::write("/proc/self/oom_score_adj", if is { "-1000" } else { "0" });
+}
+
+fn nothing_stood() -> Answer {
+    Answer::Refused(NOTHING_STOOD.into())
 }
 
 enum Heard {
@@ -183,11 +231,11 @@ impl Work {
 impl Still {
     fn begin(lease: Duration, run_dir: &Path) -> Result<Self, String> {
         let hooks = Hooks::freeze(hooks_dir())?;
-        let standing = run_dir.join(STANDING);
+        is_needed(true);
+        let standing = standing_of(run_dir, std::process::id().cast_signed());
         let begun = open_all().and_then(|all| {
-            let lines = |one: &Frozen| format!("{}\n", one.mount.at.display());
-            let text: String = all.iter().map(lines).collect();
-            let written = fs::write(&standing, text);
+            let paths = all.iter().map(|one| one.mount.at.as_os_str().as_bytes());
+            let written = fs::write(&standing, paths.collect::<Vec<_>>().join(&0));
             written.map_err(|e| format!("cannot write {}: {e}", standing.display()))?;
             freeze_all(all)
         });
@@ -199,7 +247,7 @@ impl Still {
                 standing,
             }),
             Err(why) => {
-                let _ = fs::remove_file(&standing);
+                is_needed(false);
                 hooks.thaw();
                 Err(why)
             }
@@ -211,7 +259,11 @@ impl Still {
     }
 
     fn shown(&self) -> Answer {
-        let at = |one: &Frozen| one.mount.at.display().to_string();
+        let at = |one: &Frozen| {
+            let mut at = one.mount.at.display().to_string();
+            at.truncate(at.floor_char_boundary(SHOWN_MAX));
+            at
+        };
         Answer::State {
             frozen: self.all.iter().take(NAMED_MAX).map(at).collect(),
             count: u32::try_from(self.all.len()).unwrap_or(u32::MAX),
@@ -219,29 +271,67 @@ impl Still {
         }
     }
 
-    fn thaw(self, why: &str) {
-        let count = self.all.len();
-        thaw_all(self.all);
+    fn thaw(self) -> Thawed {
+        let of = self.all.len();
+        let thawed = thaw_all(self.all);
         let _ = fs::remove_file(&self.standing);
+        let hooks = self.hooks;
+        Thawed { of, thawed, hooks }
+    }
+}
+
+/// What goes on again; the hooks have not heard of it.
+struct Thawed {
+    of: usize,
+    /// How many stood still until now.
+    thawed: usize,
+    hooks: Hooks,
+}
+
+impl Thawed {
+    fn answer(&self) -> Answer {
+        match self.thawed == self.of {
+            true => Answer::NOTHING,
+            false => {
+                let (thawed, of) = (self.thawed, self.of);
+                Answer::Refused(format!(
+                    "only {thawed} of {of} file systems stood still until now: somebody else has thawed the others"
+                ))
+            }
+        }
+    }
+
+    fn finish(self, why: &str) {
+        is_needed(false);
         // Only now: a log may be on one of them.
         let failed = self.hooks.thaw().join("; ");
         log::event(
             "thawed",
-            &[("file_systems", &count), ("why", &why), ("hooks", &failed)],
+            &[
+                ("file_systems", &self.thawed),
+                ("why", &why),
+                ("hooks", &failed),
+            ],
         );
     }
 }
 
 /// Opens all first: to open something that stands still may be to wait.
 fn open_all() -> Result<Vec<Frozen>, String> {
-    let info = fs::read_to_string("/proc/self/mountinfo");
+    let info = fs::read("/proc/self/mountinfo");
     let info = info.map_err(|e| format!("cannot read /proc/self/mountinfo: {e}"))?;
     let mounts = to_freeze(&info).into_iter().filter(may_be_frozen);
-    let opened = mounts.map(|mount| match File::open(&mount.at) {
-        Ok(root) => Ok(Frozen { mount, root }),
-        Err(e) => Err(format!("cannot open {}: {e}", mount.at.display())),
+    let opened = mounts.map(|mount| {
+        let failed = |e: io::Error| format!("cannot open {}: {e}", mount.at.display());
+        let root = File::open(&mount.at).map_err(failed)?;
+        let is = root.metadata().map_err(failed)?.dev();
+        let is_hidden = mount
+            .device
+            .is_some_and(|(major, minor)| is != libc::makedev(major, minor));
+        // Another one is mounted over it there.
+        Ok((!is_hidden).then_some(Frozen { mount, root }))
     });
-    opened.collect()
+    opened.filter_map(Result::transpose).collect()
 }
 
 fn freeze_all(all: Vec<Frozen>) -> Result<Vec<Frozen>, String> {
@@ -273,11 +363,10 @@ fn freeze_all(all: Vec<Frozen>) -> Result<Vec<Frozen>, String> {
     Err(why)
 }
 
-/// The last first.
-fn thaw_all(all: Vec<Frozen>) {
-    for one in all.iter().rev() {
-        let _ = sys::thaw(&one.root);
-    }
+/// The last first. Returns how many stood still.
+fn thaw_all(all: Vec<Frozen>) -> usize {
+    let all = all.iter().rev();
+    all.filter(|one| sys::thaw(&one.root).is_ok()).count()
 }
 
 #[cfg(not(feature = "test-util"))]

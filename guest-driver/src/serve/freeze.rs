@@ -56,6 +56,11 @@ fn serve(stream: &dyn HostStream, asked: Asked, freezer: &Freezer) -> io::Result
         .ask(asked)
         .unwrap_or_else(|e| Answer::Refused(format!("the process that freezes: {e}")));
     let bytes = frame::encode(ANSWER, VERSION.into(), 1, 0, &answer).map_err(io::Error::other)?;
-    stream.io().write_all(&bytes)?;
+    let said = stream.io().write_all(&bytes);
+    if said.is_err() && matches!(asked, Asked::Freeze(_)) {
+        // Whoever asked has gone, and hears of nothing that stands still.
+        let _ = freezer.ask(Asked::Thaw);
+    }
+    said?;
     stream.end_sending()
 }

@@ -108,6 +108,11 @@ async fn ask(state: &App, asks: &Asks, name: &str, asked: Asked) -> Answer<Froze
             count,
             left_ms,
         } => {
+            let named = u32::try_from(frozen.len()).unwrap_or(u32::MAX);
+            if count < named || matches!(asked, Asked::Freeze(_)) && count == 0 {
+                let text = format!("VM `{}`: its agent says what cannot be", vm.name);
+                return Err(Refusal::new(Code::Foreign, text).into());
+            }
             match asked {
                 Asked::Freeze(_) => asks.did(state, name, "freeze"),
                 Asked::Thaw => asks.did(state, name, "thaw"),
@@ -122,7 +127,7 @@ async fn ask(state: &App, asks: &Asks, name: &str, asked: Asked) -> Answer<Froze
         }
         Said::Refused(why) => {
             let why = adit_names::escape(&why).at_most(400).to_string();
-            let text = format!("VM `{}` is not frozen: {why}", vm.name);
+            let text = format!("VM `{}`: {why}", vm.name);
             let refused = ApiError::new(StatusCode::CONFLICT, "not-frozen", text);
             Err(refused.help("nothing in it stands still; see its journal"))
         }

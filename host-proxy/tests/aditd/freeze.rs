@@ -82,6 +82,15 @@ fn file_systems_are_frozen_and_thawed_and_a_guests_words_are_bounded() {
         let answer = asked(&host, &control, "POST", freeze, &bytes);
         is_refused(&answer, 502, "reset");
     }
+    // What cannot be.
+    for (method, what, bytes) in [
+        ("POST", freeze, state(vec![], 0, 0)),
+        ("POST", freeze, state(vec!["/".into(); 5], 0, 9)),
+        ("GET", Asked::Show, state(vec!["/".into(); 5], 4, 9)),
+    ] {
+        let answer = asked(&host, &control, method, what, &bytes);
+        assert!(answer.status >= 500, "{}", answer.body);
+    }
     for lease_ms in [0, 999, 300_001] {
         let body = json!({ "lease_ms": lease_ms }).to_string();
         let answer = host.api("POST", "/v1/vms/a/freeze", &body);

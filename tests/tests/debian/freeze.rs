@@ -1,6 +1,9 @@
 //! File systems of a whole Debian that stand still under load: journald, a writer that syncs and one that logs have to wait, and all of it goes
 //! on by itself.
 
+use adit_tests::process::wait_for;
+
+use super::BOOT;
 use super::unit::Booted;
 
 /// Writes as much as it can, also by journald. Then says ten times a second how many writes its disk has taken.
@@ -22,6 +25,33 @@ fn stillness(samples: &[u64]) -> (usize, u64) {
         }
     }
     best
+}
+
+/// A file system on a file of another one: whichever goes on first must not wait for the other.
+const LOOP: &str = "\
+    truncate -s 8M /var/tmp/loop.img && mkfs.ext4 -q /var/tmp/loop.img && mkdir -p /mnt/loop && mount -o loop /var/tmp/loop.img /mnt/loop";
+
+/// Kills the process that freezes and the agent at once, when all stands still.
+const KILLS: &str = "\
+    AGENT=$(systemctl show adit-guest --value -p MainPID); \
+    systemd-run --quiet --unit kills sh -c \"until ls /run/adit-guest/frozen.* 2>/dev/null; do sleep 0.2; done; sleep 3; \
+    kill -KILL \\$(pgrep -x adit-freezer) $AGENT\"";
+
+/// The next agent starts, which it could not if the disk still stood still.
+pub(super) fn though_all_are_killed(booted: &Booted) {
+    booted.ssh(LOOP);
+    let main = || {
+        booted.try_ssh("systemctl show adit-guest --value -p MainPID; date > /var/tmp/date; date > /mnt/loop/date")
+    };
+    let before = main().unwrap();
+    booted.ssh(KILLS);
+    let (status, said) = booted.adit(&["vm", "freeze", "web-1", "--lease", "300s"]);
+    assert!(status == 0 && said.contains(": /mnt/loop, /"), "{said}");
+    wait_for("another agent, and writes", BOOT, || {
+        Ok(main().ok().filter(|after| *after != before))
+    })
+    .unwrap_or_else(|e| panic!("{e}:\n{}", booted.log()));
+    booted.ssh("umount /mnt/loop; ls /run/adit-guest; ! ls /run/adit-guest/frozen.*");
 }
 
 pub(super) fn under_load(booted: &Booted) {

@@ -85,7 +85,7 @@ impl Booted {
         (out.status.code().unwrap_or(-1), text)
     }
 
-    fn try_ssh(&self, command: &str) -> Result<String, String> {
+    pub(super) fn try_ssh(&self, command: &str) -> Result<String, String> {
         let mut ssh: Command = self.debian.ssh(self.host.proxy());
         let out = ssh.arg(command).output().unwrap();
         let said = String::from_utf8_lossy(&out.stdout).into_owned();
@@ -230,6 +230,7 @@ fn the_unit_does_on_systemd_what_it_should() {
     let (_, state, said) = booted.task("deploy", "echo again");
     assert_eq!((state.as_str(), said.as_str()), ("done", "again\n"));
     freeze::under_load(&booted);
+    freeze::though_all_are_killed(&booted);
     bad_input(&booted);
     no_driver(&booted);
     upgrade::works_or_goes(&booted);

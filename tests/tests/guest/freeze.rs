@@ -8,13 +8,13 @@ use serde_json::Value;
 
 use crate::{BOOT, Setup, setup};
 
-/// Writes to the guest's disk, and says so each time. A hook says what it is told. Keys kill the process that freezes, or the agent with it.
+/// Writes to the guest's disk, and says so each time. A hook says what it is told. Keys kill the process that freezes, or the agent with it, or also its guard.
 const SCRIPT: &str = "mkdir -p /etc/adit-guest/freeze.d; \
     printf '#!/bin/sh\\necho HOOK $1 > /dev/ttyS0\\n' > /etc/adit-guest/freeze.d/10-test; \
     chmod 755 /etc/adit-guest/freeze.d /etc/adit-guest/freeze.d/10-test; \
     ( n=0; while :; do n=$((n+1)); echo $n > /var/lib/n && sync /var/lib/n && echo TICK > /dev/ttyS0; sleep 0.05; done ) & \
     ( while read -r key; do \
-        case $key in f) kill -9 $(pidof adit-freezer);; b) kill -9 $(pidof adit-guest) $(pidof adit-freezer);; esac; \
+        case $key in f) kill -9 $(pidof adit-freezer);; b) kill -9 $(pgrep -o adit-guest) $(pidof adit-freezer);; a) kill -9 $(pidof adit-guest) $(pidof adit-freezer);; esac; \
     done < /dev/ttyS0 ) &\n";
 
 fn ticks(setup: &Setup) -> usize {
@@ -78,15 +78,24 @@ fn freezes(kernel: Kernel) {
     );
     setup.host.launch().unwrap();
     setup.wait_agent();
+    // Whoever comes too late has saved what was written to.
+    let (status, said) = setup.adit(&["vm", "thaw", "web-1"]);
+    assert!(status == 1 && said.contains("its time was over"), "{said}");
     // Whoever froze is killed.
     freeze(&setup, "300s");
     stand_still(&setup);
     setup.guest.press(b"f\n").unwrap();
-    go_on(&setup, "the agent thaws");
-    // And the agent, at the same time: the next one thaws.
+    go_on(&setup, "its guard thaws");
+    // And the agent, at the same time: the next one could not even start.
     freeze(&setup, "300s");
     stand_still(&setup);
     setup.guest.press(b"b\n").unwrap();
+    go_on(&setup, "its guard thaws");
+    setup.wait_agent();
+    // All that there are of it.
+    freeze(&setup, "300s");
+    stand_still(&setup);
+    setup.guest.press(b"a\n").unwrap();
     go_on(&setup, "the next agent thaws");
     setup.wait_agent();
     // Once more, after all that.
