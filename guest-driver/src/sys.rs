@@ -70,7 +70,11 @@ pub fn spawn(command: &mut Command, setup: ChildSetup) -> io::Result<Child> {
     unsafe { command.pre_exec(move || enter(&setup)) }.spawn()
 }
 
+/// What a child is called until it is its program.
+pub const STARTING: &std::ffi::CStr = c"adit-start";
+
 fn enter(setup: &ChildSetup) -> io::Result<()> {
+    nix::sys::prctl::set_name(STARTING)?;
     nix::unistd::setsid()?;
     if let Some(procs) = &setup.cgroup {
         nix::unistd::write(procs, b"0")?;
