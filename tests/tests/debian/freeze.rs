@@ -70,8 +70,8 @@ pub(super) fn under_load(booted: &Booted) {
         "frozen for 4 s: {longest} of {} samples alike, and {behind} writes afterwards",
         samples.len()
     );
-    assert!(longest >= 10 && behind > 0, "{samples:?}");
+    assert!(longest >= 5 && behind > 0, "{samples:?}");
     // The log is whole again, and says why they go on.
-    let said = booted.ssh("journalctl -u adit-guest --no-pager | grep thawed");
+    let said = booted.ssh("journalctl -q -o cat --no-pager | grep thawed");
     assert!(said.contains("its time is over"), "{said}");
 }
