@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::poll::PollTimeout;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
@@ -26,6 +27,13 @@ pub fn unix_ms() -> i64 {
 /// The agent may not, or the kernel does not accept the time.
 pub fn set_ms(to: u64) -> io::Result<()> {
     own::set_ms(to)
+}
+
+/// So long as `poll` takes it. Rounded up: a wait that ended just before would be followed by a busy loop.
+pub fn poll_limit(left: Duration) -> PollTimeout {
+    let ms = i32::try_from(left.as_millis() + 1).ok();
+    ms.and_then(|ms| PollTimeout::try_from(ms).ok())
+        .unwrap_or(PollTimeout::MAX)
 }
 
 fn system_ms() -> u64 {
@@ -105,7 +113,7 @@ mod own {
 
 #[cfg(test)]
 mod tests {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::poll::{PollFd, PollFlags, poll};
 
     use super::*;
 

@@ -17,7 +17,7 @@
 //!   TrustHeld ────────────────────────────▶   the answer to each
 //!   Clock ────────────────────────────────▶   before every pull, so that the host sees a clock that is off
 //!   ◀───────────────────────────── HostClock   used by a guest that is configured so
-//!   Stood ────────────────────────────────▶   by that the guest's time stood still: it was paused, or restored from a snapshot
+//!   Stood ────────────────────────────────▶   if by that its time stood still: it was paused, or restored from a snapshot
 //!   Pull{known digests} ──────────────────▶   held until there is a task: no polling, no timer
 //!   ◀──────────────────────────────── Task
 //!   Held{task_id, until} ─────────────────▶   its goal is not yet valid by the guest's clock; started when it is

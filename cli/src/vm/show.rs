@@ -262,7 +262,6 @@ fn trust(trust: &Trust) -> Vec<[String; 2]> {
     lines.map(|line| ["trust".into(), line]).collect()
 }
 
-/// `300.0 s behind this host's`. The time that a message takes is part of it, so less than a second means nothing.
 /// `-2.5 s`.
 fn seconds(ms: i64) -> String {
     let sign = if ms < 0 { "-" } else { "" };
@@ -270,14 +269,14 @@ fn seconds(ms: i64) -> String {
     format!("{sign}{}.{} s", tenths / 10, tenths % 10)
 }
 
+/// `300.0 s behind this host's`. The time that a message takes is part of it, so less than a second means nothing.
 fn clock(ahead_ms: i64) -> String {
-    let tenths = ahead_ms.unsigned_abs() / 100;
     let side = match ahead_ms {
         ms if ms.unsigned_abs() < 1000 => return "as this host's".into(),
         ms if ms < 0 => "behind",
         _ => "ahead of",
     };
-    format!("{}.{} s {side} this host's", tenths / 10, tenths % 10)
+    format!("{} {side} this host's", seconds(ahead_ms.saturating_abs()))
 }
 
 /// `ring: both sides use the ring`, `vsock: no VMM has handed a ring over`.

@@ -109,7 +109,7 @@ pub fn spawn_within(
         watch.stack_size(STACK_BYTES).spawn_scoped(scope, move || {
             let mut limit = limit;
             while is_done.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-                kill_children(is_starting);
+                kill_starting();
                 limit = AGAIN;
             }
         })?;
@@ -142,35 +142,24 @@ pub fn close() -> Closed {
                 thread::sleep(Duration::from_millis(5));
                 continue;
             }
-            Err(TryLockError::WouldBlock) => kill_children(is_unstarted),
+            Err(TryLockError::WouldBlock) => kill_starting(),
         }
         orphans();
         return Closed(());
     }
 }
 
-/// Kills those of our children.
-fn kill_children(which: impl Fn(i32) -> bool) {
+/// Kills the children that are on their way to their program ([`sys::spawn`]).
+fn kill_starting() {
     let me = std::process::id() as i32;
+    let is_starting = |pid: i32| {
+        let comm = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+        comm.strip_suffix(b"\n") == Some(sys::STARTING.to_bytes())
+    };
     let table = proc::table();
     let mine = table.values().filter(|p| p.parent == me && !p.zombie);
-    mine.filter(|p| which(p.id.pid))
+    mine.filter(|p| is_starting(p.id.pid))
         .for_each(|p| drop(proc::kill(p.id)));
-}
-
-/// It has not reached its program yet: it still runs ours, with our arguments, which the fork server has not.
-fn is_unstarted(pid: i32) -> bool {
-    let program = |pid: i32| {
-        let arguments = fs::read(format!("/proc/{pid}/cmdline")).ok();
-        (fs::read_link(format!("/proc/{pid}/exe")).ok(), arguments)
-    };
-    program(pid) == program(std::process::id() as i32)
-}
-
-/// It is on its way to its program ([`sys::spawn`]).
-fn is_starting(pid: i32) -> bool {
-    let comm = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
-    comm.strip_suffix(b"\n") == Some(sys::STARTING.to_bytes())
 }
 
 /// Runs a command to its end.

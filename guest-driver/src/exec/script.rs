@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use adit_tasks::action::Script;
 use adit_tasks::wire::Outcome;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, User, getgrouplist};
 
@@ -36,7 +36,7 @@ use super::{Executed, Executor, Job};
 use crate::crash::{self, Point};
 use crate::policy::Touches;
 use crate::runner::remark;
-use crate::{log, protect, sys};
+use crate::{clock, log, protect, sys};
 
 /// Between SIGTERM and SIGKILL at a timeout.
 const GRACE: Duration = Duration::from_secs(1);
@@ -347,9 +347,7 @@ impl Running {
     }
 
     fn poll(&self, limit: Duration) -> [bool; 3] {
-        // Rounded up: a sleep that ended just before the deadline would be followed by a busy loop.
-        let limit = i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX);
-        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        let limit = clock::poll_limit(limit);
         let mut fds = vec![PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         let pipes = [&self.out, &self.err];
         fds.extend(

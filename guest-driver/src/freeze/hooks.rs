@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use crate::exec::script::DEFAULT_PATH;
+
 /// How long one may take.
 const LIMIT: Duration = Duration::from_secs(10);
 /// How long all of them may take.
@@ -90,7 +92,7 @@ impl Hooks {
 fn call(hook: &Path, word: &str, until: Instant) -> Result<(), String> {
     let until = until.min(Instant::now() + LIMIT);
     let mut command = Command::new(hook);
-    command.arg(word).env_clear().env("PATH", PATH);
+    command.arg(word).env_clear().env("PATH", DEFAULT_PATH);
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -110,8 +112,6 @@ fn call(hook: &Path, word: &str, until: Instant) -> Result<(), String> {
         Err(e) => Err(e.to_string()),
     }
 }
-
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 fn ended(child: &mut Child, until: Instant) -> io::Result<Option<std::process::ExitStatus>> {
     loop {

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use adit_tasks::freeze::{Answer, Asked};
+use adit_tasks::freeze::{Answer, Asked, BODY_MAX};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair, sockopt,
 };
@@ -43,7 +43,7 @@ const STANDING: &str = "frozen.";
 /// Why a thaw is refused.
 const NOTHING_STOOD: &str = "nothing stood still: its time was over before, or it was never frozen";
 /// Most bytes of a message between agent and process.
-const MESSAGE_MAX: usize = 16 << 10;
+const MESSAGE_MAX: usize = BODY_MAX as usize;
 /// How long the process may take: hooks, and all file systems.
 const ANSWER_LIMIT: Duration = Duration::from_secs(100);
 

@@ -29,9 +29,9 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::hooks::Hooks;
 use super::mounts::{Mount, to_freeze};
-use super::{HOOKS, MESSAGE_MAX, NOTHING_STOOD, standing_of, thaw_standing};
+use super::{HOOKS, MESSAGE_MAX, nothing, standing_of, thaw_standing};
 use crate::session::take_stdout;
-use crate::{log, sys};
+use crate::{clock, log, sys};
 
 /// How long all file systems together may take to be frozen: those that are wait for the others.
 const FREEZE_LIMIT: Duration = Duration::from_secs(10);
@@ -87,10 +87,8 @@ pub fn run() -> io::Result<()> {
             Heard::End => break "its agent has ended",
             Heard::Asked(Asked::Thaw) => {
                 let thawed = still.take().map(Still::thaw);
-                answer(
-                    &line,
-                    &thawed.as_ref().map_or_else(nothing_stood, Thawed::answer),
-                );
+                let said = thawed.as_ref().map(Thawed::answer);
+                answer(&line, &said.unwrap_or_else(|| nothing(Asked::Thaw)));
                 if let Some(thawed) = thawed {
                     thawed.finish("it was asked to");
                 }
@@ -138,10 +136,6 @@ fn is_needed(is: bool) {
     let _ = fs::write("/proc/self/oom_score_adj", if is { "-1000" } else { "0" });
 }
 
-fn nothing_stood() -> Answer {
-    Answer::Refused(NOTHING_STOOD.into())
-}
-
 enum Heard {
     Asked(Asked),
     /// Not in time.
@@ -156,11 +150,7 @@ fn heard(line: &OwnedFd, left: Option<Duration>, bytes: &mut [u8]) -> Heard {
         let limit = match until.map(|until| until.saturating_duration_since(Instant::now())) {
             None => PollTimeout::NONE,
             Some(left) if left.is_zero() => return Heard::Nothing,
-            // Rounded up.
-            Some(left) => i32::try_from(left.as_millis() + 1)
-                .ok()
-                .and_then(|ms| PollTimeout::try_from(ms).ok())
-                .unwrap_or(PollTimeout::MAX),
+            Some(left) => clock::poll_limit(left),
         };
         let mut fds = [PollFd::new(line.as_fd(), PollFlags::POLLIN)];
         if !poll(&mut fds, limit).is_ok_and(|n| n > 0) {

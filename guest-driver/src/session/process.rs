@@ -353,14 +353,7 @@ impl Process {
         let due = [self.deadline, kill_at, self.leave_at, self.linger_at];
         let left = due.into_iter().flatten().min();
         let left = left.map(|at| at.saturating_duration_since(Instant::now()));
-        let limit = match left {
-            // Rounded up: a sleep that ended just before would be followed by a busy loop.
-            Some(left) => i32::try_from(left.as_millis() + 1)
-                .ok()
-                .and_then(|ms| PollTimeout::try_from(ms).ok())
-                .unwrap_or(PollTimeout::MAX),
-            None => PollTimeout::NONE,
-        };
+        let limit = left.map_or(PollTimeout::NONE, clock::poll_limit);
         let _ = poll(&mut fds, limit);
     }
 

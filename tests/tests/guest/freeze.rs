@@ -109,9 +109,9 @@ fn freezes(kernel: Kernel) {
     );
     go_on(&setup, "it was asked to");
     // What nobody may.
-    for (lease, status) in [("0s", 2), ("1h", 2)] {
-        let (got, said) = setup.adit(&["vm", "freeze", "web-1", "--lease", lease]);
-        assert_eq!(got, status, "{said}");
+    for lease in ["0s", "1h"] {
+        let (status, said) = setup.adit(&["vm", "freeze", "web-1", "--lease", lease]);
+        assert_eq!(status, 2, "{said}");
     }
 }
 
